@@ -1,0 +1,275 @@
+"""The schema of a recipe. Every default of the project stands here or in an algorithm's record, nowhere else.
+
+Imports neither torch nor NeMo, so that a typing error in a recipe is refused in well under a second. Loading and
+merging is in `nemo_opd.configuration.load`, rules between fields are in `nemo_opd.configuration.check`.
+`None` means "not set"; sizes are counts, times are seconds, learning rates are per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING: Any = "???"
+"""OmegaConf's mark of a field that the recipe must fill in."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how it is named."""
+
+    dir: str = MISSING
+    """Run folder: created when absent, resumed when it holds a checkpoint."""
+    seed: int = 0
+
+
+@dataclass
+class LayoutConfig:
+    """How one model is spread over processes."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class StudentConfig(LayoutConfig):
+    """The model that is trained: a folder in Hugging Face format."""
+
+    model: str = MISSING
+    dtype: str = "bfloat16"
+    """Of the weights in forward and backward: bfloat16 or float32 (float64 in tests). Master weights are fp32."""
+    vocab_padding_multiple: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size; padding is -inf, never 0."""
+
+
+@dataclass
+class TeacherConfig(LayoutConfig):
+    """The model that scores. `engine: none` for objectives without a teacher."""
+
+    engine: str = "megatron"
+    """megatron (own layout over the same processes), hf (dense, one process) or none"""
+    model: str | None = None
+    dtype: str = "bfloat16"
+    micro_batch_tokens: int = 4096
+    """Positions of one scoring micro-batch."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    path: str = MISSING
+    """A .jsonl or .parquet file, or a folder saved by `datasets`."""
+    prompt_key: str = "prompt"
+    """A text, or a list of {role, content} messages."""
+    answer_key: str = "answer"
+    response_key: str = "response"
+    """Read only where an objective uses written responses (SFT)."""
+    chat_template: bool = True
+    """Render through the tokenizer's chat template; False feeds the text as it is."""
+    system_prompt: str | None = None
+    shuffle: bool = True
+    max_prompt_tokens: int = 1024
+    on_malformed: str = "error"
+    """error (name file and line) or skip (and count)"""
+
+
+@dataclass
+class RolloutConfig:
+    """How the student writes."""
+
+    engine: str = "hf"
+    """hf (in the trainer's processes); vllm follows"""
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
+    """Sequences that one process of the hf engine decodes at a time."""
+    dtype: str = "float32"
+    refit_every: int = 1
+    """Steps between two refits of the generator."""
+
+
+@dataclass
+class SlotConfig:
+    """A choice for one slot of an algorithm; `name` picks the dataclass with the parameters."""
+
+    name: str = MISSING
+
+
+@dataclass
+class StudentPrefix(SlotConfig):
+    """The student writes every token."""
+
+    name: str = "student"
+
+
+@dataclass
+class DatasetPrefix(SlotConfig):
+    """The data set's response is the whole response: nothing is generated (SFT)."""
+
+    name: str = "dataset"
+
+
+@dataclass
+class DefaultStop(SlotConfig):
+    """A rollout ends at EOS or at `rollout.max_new_tokens`."""
+
+    name: str = "default"
+
+
+@dataclass
+class SamePromptContext(SlotConfig):
+    """The teacher sees the prompt that the student saw."""
+
+    name: str = "same_prompt"
+
+
+@dataclass
+class ReverseKLLoss(SlotConfig):
+    """KL(p || q) over the full vocabulary, exact at every position."""
+
+    name: str = "reverse_kl"
+
+
+@dataclass
+class PolicyGradientLoss(SlotConfig):
+    """Sampled-token policy gradient with advantage -sg[log p - log q] (source: algorithms.md section 5)."""
+
+    name: str = "policy_gradient"
+    clip_ratio: float | None = None
+    """PPO clipping of the importance ratio to [1 - c, 1 + c]; None multiplies by the plain ratio."""
+
+
+@dataclass
+class CrossEntropyLoss(SlotConfig):
+    """-log p of the written token (SFT)."""
+
+    name: str = "cross_entropy"
+
+
+@dataclass
+class UnitWeight(SlotConfig):
+    """Every trained token counts once."""
+
+    name: str = "unit"
+
+
+SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
+    "prefix": {"student": StudentPrefix, "dataset": DatasetPrefix},
+    "stop": {"default": DefaultStop},
+    "context": {"same_prompt": SamePromptContext},
+    "loss": {"reverse_kl": ReverseKLLoss, "policy_gradient": PolicyGradientLoss, "cross_entropy": CrossEntropyLoss},
+    "weight": {"unit": UnitWeight},
+}
+"""For every slot, its choices by name. `slot=name` on the command line is sugar for `slot.name=name`."""
+
+
+@dataclass
+class VerifyConfig:
+    """Which verifier turns a response into a reward."""
+
+    name: str = "none"
+    """none, exact, integer or math"""
+    answer_pattern: str | None = None
+    """Literal marker after which the final answer stands, e.g. "#### " (exact and integer)."""
+    time_limit: float = 5.0
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with Megatron's schedule."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay: str = "constant"
+    """constant, linear or cosine, down to `min_lr` at the last step"""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    distributed: bool | None = None
+    """Megatron's distributed optimizer; None: where Transformer Engine is present."""
+
+
+@dataclass
+class TrainConfig:
+    """Steps and batch."""
+
+    steps: int = MISSING
+    prompts_per_step: int = 32
+    """Over all data-parallel replicas."""
+    micro_batch_tokens: int = 4096
+    """Positions of one packed row; a longer sequence gets a row of its own."""
+    packing: bool = True
+    """False puts one sequence in each row."""
+    loss_chunk_tokens: int = 256
+    """Tokens whose logits exist at the same time."""
+    processes: int | None = None
+    """Processes when no launcher started any; None: the smallest number that fits student and teacher."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step and a stop request always save."""
+    keep: int = 2
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation on held-out problems during the run and by `nemo-opd eval`."""
+
+    path: str | None = None
+    every: int = 0
+    """Steps between evaluations; 0: only at the end, when `path` is set."""
+    problems: int | None = None
+    """The first so many of the file; None: all."""
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+    max_new_tokens: int | None = None
+    """None: as in the rollouts."""
+
+
+@dataclass
+class ObserveConfig:
+    """What a run writes down."""
+
+    rollouts_per_step: int = 4
+    """Rollouts written to rollouts/*.jsonl each step."""
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    """A whole recipe."""
+
+    algorithm: str = "opd"
+    """Named record that fills the slots below; see nemo_opd/algorithms."""
+    run: RunConfig = field(default_factory=RunConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    prefix: SlotConfig = field(default_factory=StudentPrefix)
+    stop: SlotConfig = field(default_factory=DefaultStop)
+    context: SlotConfig = field(default_factory=SamePromptContext)
+    loss: SlotConfig = field(default_factory=ReverseKLLoss)
+    weight: SlotConfig = field(default_factory=UnitWeight)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
