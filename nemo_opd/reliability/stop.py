@@ -1,0 +1,73 @@
+"""A run is asked to stop by a signal to one of its processes or by a file in its folder, and stops between two steps.
+
+`control/stop` holds the id of the attempt it means (or `any`), so that a run that was started again does not obey a
+request made to its predecessor. The decision is taken by all ranks together, at the same point of the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from nemo_opd.processes import Processes
+
+log = logging.getLogger(__name__)
+
+ATTEMPT_VARIABLE = "NEMO_OPD_ATTEMPT"
+ANY_ATTEMPT = "any"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_FILE_CHECK_INTERVAL = 0.5  # seconds: the file may be on a network file system, and rollouts ask for every token
+
+
+class StopRequest:
+    """Asked between tokens (`requested`) and between steps (`agreed`)."""
+
+    def __init__(self, run_dir: Path, attempt: str, processes: Processes) -> None:
+        self._file = run_dir / "control" / "stop"
+        self._attempt = attempt
+        self._processes = processes
+        self._asked = False
+        self._next_look = 0.0
+        self.reason = ""
+
+    def listen(self) -> StopRequest:
+        """Take SIGINT, SIGTERM and SIGUSR1 as requests. A second SIGINT interrupts at once."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def requested(self) -> bool:
+        """Has this process been asked? Cheap enough for every token."""
+        now = time.monotonic()
+        if not self._asked and now >= self._next_look:
+            self._next_look = now + _FILE_CHECK_INTERVAL
+            self._look()
+        return self._asked
+
+    def agreed(self) -> bool:
+        """Has any process been asked? The same answer on every rank; collective."""
+        self._next_look = 0.0
+        if self._processes.any(self.requested()):
+            self._asked = True
+            self.reason = self.reason or "another rank was asked to stop"
+        return self._asked
+
+    def _look(self) -> None:
+        try:
+            content = self._file.read_text().strip()
+        except OSError:
+            return
+        if content in (self._attempt, ANY_ATTEMPT):
+            self._asked = True
+            self.reason = f"{self._file.parent.name}/{self._file.name} asks for it"
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        self.reason = f"signal {signal.Signals(number).name}"
+        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without one)\n")

@@ -1,0 +1,89 @@
+"""Rollouts travel between processes as two flat tensors, so that nothing has to be unpickled.
+
+Prompts are not sent: every rank reads the same prompt stream and knows them by position. Text is decoded again from
+the ids by whoever wants it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_opd.processes import Processes
+from nemo_opd.types import Finish, Prompt, Rollout
+
+_HEADER = 4  # prompt position, sample, length, finish
+_INTEGERS = 4  # per token: id, author, policy version, loss mask
+
+
+def flatten(rollouts: Iterable[tuple[int, Rollout]]) -> tuple[Tensor, Tensor]:
+    """(prompt position in the step, rollout) pairs -> int64 [any], float64 [any].
+
+    Float64 keeps the reward exact; the sampler's float32 log-probabilities pass through it unchanged.
+    """
+    integers: list[Tensor] = []
+    floats: list[Tensor] = []
+    for position, rollout in rollouts:
+        length = len(rollout.response_ids)
+        integers.append(torch.tensor([position, rollout.sample, length, int(rollout.finish)]))
+        integers += [
+            rollout.response_ids.long(), rollout.author.long(), rollout.policy_version.long(), rollout.loss_mask.long()
+        ]  # fmt: skip
+        floats.append(torch.tensor([math.nan if rollout.reward is None else rollout.reward], dtype=torch.float64))
+        floats.append(rollout.sampler_logprobs.double())
+    if not integers:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+    return torch.cat(integers), torch.cat(floats)
+
+
+def unflatten(
+    integers: Tensor, floats: Tensor, prompts: Sequence[Prompt], decode: Callable[[Tensor], str]
+) -> list[Rollout]:
+    """The inverse of `flatten`, given the step's prompts."""
+    rollouts = []
+    i = f = 0
+    while i < integers.numel():
+        position, sample, length, finish = integers[i : i + _HEADER].tolist()
+        i += _HEADER
+        ids, author, version, mask = integers[i : i + _INTEGERS * length].view(_INTEGERS, length)
+        i += _INTEGERS * length
+        reward = float(floats[f])
+        rollouts.append(
+            Rollout(
+                prompt=prompts[position],
+                sample=sample,
+                response_ids=ids.clone(),
+                sampler_logprobs=floats[f + 1 : f + 1 + length].float(),
+                author=author.to(torch.int8),
+                policy_version=version.clone(),
+                loss_mask=mask.bool(),
+                finish=Finish(finish),
+                text=decode(ids),
+                reward=None if math.isnan(reward) else reward,
+            )
+        )
+        f += 1 + length
+    return rollouts
+
+
+def gather_rollouts(
+    processes: Processes,
+    mine: Iterable[tuple[int, Rollout]],
+    prompts: Sequence[Prompt],
+    decode: Callable[[Tensor], str],
+) -> list[Rollout]:
+    """Every rank's rollouts on every rank, ordered by (prompt position, sample) whoever wrote them.
+
+    Args:
+        mine: (position of the prompt in `prompts`, rollout) pairs that this rank holds; consumed as they finish.
+        prompts: the step's prompts, the same on every rank.
+        decode: int64 [response] -> text.
+    """
+    integers, floats = flatten(mine)
+    parts = zip(processes.gather(integers), processes.gather(floats), strict=True)
+    everyone = [rollout for i, f in parts for rollout in unflatten(i, f, prompts, decode)]
+    position = {(prompt.epoch, prompt.index): p for p, prompt in enumerate(prompts)}
+    return sorted(everyone, key=lambda r: (position[r.prompt.epoch, r.prompt.index], r.sample))
