@@ -1,0 +1,61 @@
+"""Tiny random checkpoints in Hugging Face format, one per supported model family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FAMILIES = ("qwen3", "qwen2", "llama")
+
+
+def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
+    """A `transformers` configuration of a four-layer model with grouped-query attention (4 heads, 2 groups).
+
+    `overrides` are fields of that configuration: ``tie_word_embeddings=True``, ``vocab_size=101``, ...
+    """
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    classes = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+    fields: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    if family == "qwen3":
+        fields["head_dim"] = 16  # wider than hidden / heads, as in the small Qwen3 models
+    return classes[family](**(fields | overrides))
+
+
+def tiny_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A random model whose every parameter matters: norms and biases are perturbed away from 1 and 0."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                else:
+                    parameter.mul_(4.0)  # initialised at 0.02: logits of a random model would be almost flat
+    return model.to(dtype).eval()
+
+
+def tiny_checkpoint(
+    folder: Path, family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """Save `tiny_model` with its config.json as safetensors into `folder`; returns the folder."""
+    tiny_model(family, seed, dtype, **overrides).save_pretrained(folder)
+    return Path(folder)
