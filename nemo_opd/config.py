@@ -222,6 +222,8 @@ class CheckpointConfig:
     every: int = 100
     """Steps between checkpoints; the last step and a stop request always save."""
     keep: int = 2
+    export_at_end: bool = True
+    """After the last step, write the student in Hugging Face format to `<run.dir>/model`."""
 
 
 @dataclass

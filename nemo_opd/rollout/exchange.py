@@ -70,20 +70,21 @@ def unflatten(
 
 
 def gather_rollouts(
-    processes: Processes,
-    mine: Iterable[tuple[int, Rollout]],
-    prompts: Sequence[Prompt],
-    decode: Callable[[Tensor], str],
+    processes: Processes, mine: Iterable[Rollout], prompts: Sequence[Prompt], decode: Callable[[Tensor], str]
 ) -> list[Rollout]:
     """Every rank's rollouts on every rank, ordered by (prompt position, sample) whoever wrote them.
 
     Args:
-        mine: (position of the prompt in `prompts`, rollout) pairs that this rank holds; consumed as they finish.
+        mine: the rollouts that this rank wrote, in any order.
         prompts: the step's prompts, the same on every rank.
         decode: int64 [response] -> text.
     """
-    integers, floats = flatten(mine)
+    position = {(prompt.epoch, prompt.index): p for p, prompt in enumerate(prompts)}
+
+    def place(rollout: Rollout) -> int:
+        return position[rollout.prompt.epoch, rollout.prompt.index]
+
+    integers, floats = flatten((place(rollout), rollout) for rollout in mine)
     parts = zip(processes.gather(integers), processes.gather(floats), strict=True)
     everyone = [rollout for i, f in parts for rollout in unflatten(i, f, prompts, decode)]
-    position = {(prompt.epoch, prompt.index): p for p, prompt in enumerate(prompts)}
-    return sorted(everyone, key=lambda r: (position[r.prompt.epoch, r.prompt.index], r.sample))
+    return sorted(everyone, key=lambda rollout: (place(rollout), rollout.sample))

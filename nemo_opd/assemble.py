@@ -1,0 +1,165 @@
+"""Builds the parts of a run from its configuration: the one place that knows which engine stands behind a protocol."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_opd.checkpoint.store import CheckpointStore, RunState
+from nemo_opd.config import Config
+from nemo_opd.configuration.load import to_yaml
+from nemo_opd.engines.hf.generator import HFGenerator
+from nemo_opd.engines.hf.scorer import HFScorer
+from nemo_opd.engines.megatron.scorer import MegatronScorer
+from nemo_opd.engines.megatron.trainer import MegatronTrainer
+from nemo_opd.engines.megatron.weights import save_hf_checkpoint
+from nemo_opd.engines.protocols import Generator, Scorer
+from nemo_opd.errors import ConfigError
+from nemo_opd.evaluate.run import Evaluation
+from nemo_opd.loop import Run
+from nemo_opd.losses import build_loss, build_weight
+from nemo_opd.observe.recorder import Recorder
+from nemo_opd.processes import Processes
+from nemo_opd.prompts.stream import PromptStream, first_prompts
+from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
+from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
+from nemo_opd.teacher.contexts import SamePrompt
+from nemo_opd.types import Need, Sampling
+from nemo_opd.verify import Verifier, build_verifier
+
+log = logging.getLogger(__name__)
+
+EXPORT_FOLDER = "model"
+
+
+def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
+    """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
+    folder = Path(config.run.dir)
+    tokenizer = load_tokenizer(config.student.model)
+    loss = build_loss(config.loss)
+    config_text = to_yaml(config)
+    store = CheckpointStore(folder, processes, config.checkpoint.keep)
+    trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
+    scorer = build_scorer(config, trainer, tokenizer, loss.needs.need)
+    generator = build_generator(config, tokenizer)
+    prompts = PromptStream(config.data, tokenizer, config.run.seed, needs_response=config.prefix.name == "dataset")
+    newest = store.newest()
+    state = store.load(newest, trainer) if newest else RunState()
+    if newest:
+        prompts.seek(state.prompts)
+        log.info("resuming from %s", newest)
+    state.prompts = prompts.state()
+    if processes.is_first:
+        (folder / "config.yaml").write_text(config_text)
+    return Run(
+        config=config,
+        config_text=config_text,
+        folder=folder,
+        processes=processes,
+        prompts=prompts,
+        decode=decoder(tokenizer),
+        source=build_source(config, tokenizer, generator),
+        verifier=build_verifier(config.verify),
+        context=SamePrompt(),
+        scorer=scorer,
+        loss=loss,
+        trainer=trainer,
+        generator=generator,
+        evaluation=build_evaluation(config, tokenizer),
+        store=store,
+        stop=stop,
+        recorder=build_recorder(config, state) if processes.is_first else None,
+        state=state,
+    )
+
+
+def finish(run: Run) -> None:
+    """After the last step: the student in Hugging Face format, and everything closed. Collective."""
+    if run.config.checkpoint.export_at_end:
+        folder = run.folder / EXPORT_FOLDER
+        save_hf_checkpoint(run.trainer.export_weights(), folder, Path(run.config.student.model))
+        log.info("exported the student to %s", folder)
+    for part in (run.generator, run.scorer, run.recorder):
+        if part is not None:
+            part.close()
+
+
+def build_generator(config: Config, tokenizer: Tokenizer) -> Generator | None:
+    """The student as a writer; None where nothing is generated (SFT without evaluation)."""
+    if config.prefix.name == "dataset" and config.evaluate.path is None:
+        return None
+    model = Path(config.student.model)
+    return HFGenerator(
+        model,
+        eos_ids=eos_token_ids(model, tokenizer),
+        decode=decoder(tokenizer),
+        dtype=getattr(torch, config.rollout.dtype),
+        batch_size=config.rollout.batch_size,
+    )
+
+
+def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer, need: Need) -> Scorer | None:
+    """The teacher, when the loss needs one; its output layer goes to the ranks that compute the loss."""
+    if need is Need.NOTHING:
+        return None
+    model = Path(str(config.teacher.model))
+    check_same_tokens(tokenizer, load_tokenizer(model, "teacher.model"))
+    scorer = HFScorer(model, config) if config.teacher.engine == "hf" else MegatronScorer(config)
+    if need is Need.FULL:
+        trainer.set_teacher_output(model)
+    return scorer
+
+
+def build_source(config: Config, tokenizer: Tokenizer, generator: Generator | None) -> RolloutSource:
+    """Who writes the responses of training steps."""
+    rollout = config.rollout
+    if config.prefix.name == "dataset":
+        eos = eos_token_ids(config.student.model, tokenizer)[0]
+        return DatasetSource(lambda text: response_token_ids(tokenizer, text, eos), rollout.max_new_tokens)
+    assert generator is not None
+    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    return StudentSource(generator, sampling, rollout.samples_per_prompt, config.run.seed)
+
+
+def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:
+    """The held-out problems of `evaluate.path`, read once."""
+    evaluate = config.evaluate
+    if evaluate.path is None:
+        return None
+    verifier = build_verifier(config.verify)
+    if verifier is None:
+        raise ConfigError("verify.name", "none", "a verifier for evaluate.path", "set verify.name=integer, exact or math")
+    problems = first_prompts(replace(config.data, path=evaluate.path), tokenizer, evaluate.problems)
+    limit = evaluate.max_new_tokens or config.rollout.max_new_tokens
+    sampling = Sampling(limit, evaluate.temperature, evaluate.top_p, greedy=evaluate.greedy)
+    return Evaluation(problems, sampling, evaluate.samples_per_prompt, verifier, config.run.seed)
+
+
+def build_recorder(config: Config, state: RunState) -> Recorder:
+    observe = config.observe
+    return Recorder(Path(config.run.dir), state.step, observe.rollouts_per_step, observe.tensorboard)
+
+
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Refuse a teacher that maps text to other ids than the student: its scores would be about other tokens."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    token = next(iter(sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))))
+    raise ConfigError(
+        "teacher.model",
+        f"token {token!r} with id {theirs.get(token)} (the student has {ours.get(token)})",
+        "the student's token ids",
+        "choose a teacher of the student's family",
+    )
+
+
+def decoder(tokenizer: Tokenizer) -> Callable[[Tensor], str]:
+    """Token ids -> the text that verifiers and people read."""
+    return lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True)

@@ -1,0 +1,228 @@
+"""The run and the step, in one direction:
+
+    prompts -> rollout -> verify -> teacher context -> teacher scores -> pack -> train step -> refit -> checkpoint / evaluate
+
+Every rank runs this file in lockstep. A rank writes its share of the responses; all ranks then know all of them, and
+each data-parallel replica trains on its part. SFT is the same loop with a data set as the source of responses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from nemo_opd.checkpoint.store import CheckpointStore, RunState
+from nemo_opd.config import Config
+from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
+from nemo_opd.evaluate.run import Evaluation
+from nemo_opd.losses.base import DistillationLoss
+from nemo_opd.observe.clock import Clock
+from nemo_opd.observe.measure import rollout_metrics
+from nemo_opd.observe.progress import Progress
+from nemo_opd.observe.recorder import Recorder
+from nemo_opd.packing import pack, sequence_length
+from nemo_opd.processes import Processes, balanced
+from nemo_opd.prompts.stream import PromptStream
+from nemo_opd.refit.transfer import refit
+from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.exchange import gather_rollouts
+from nemo_opd.rollout.source import RolloutSource
+from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.types import PackedRow, Prompt, Rollout, ScoreRequest, StepReport, TeacherScores, TrainBatch
+from nemo_opd.verify.base import Verifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a run, built by `nemo_opd.assemble`. The loop knows their protocols, never their engines."""
+
+    config: Config
+    config_text: str
+    folder: Path
+    processes: Processes
+    prompts: PromptStream
+    decode: Callable[[Tensor], str]
+    source: RolloutSource
+    verifier: Verifier | None
+    context: TeacherContext
+    scorer: Scorer | None
+    loss: DistillationLoss
+    trainer: Trainer
+    generator: Generator | None
+    evaluation: Evaluation | None
+    store: CheckpointStore
+    stop: StopRequest
+    recorder: Recorder | None
+    state: RunState
+
+    @property
+    def place(self) -> Place:
+        return self.trainer.place
+
+
+def train(run: Run) -> bool:
+    """Step until `train.steps`. True when all steps are done, False when a stop request ended the run earlier."""
+    steps = run.config.train.steps
+    progress = Progress(steps, run.state.step, run.config.observe.progress and run.processes.is_first, run.folder.name)
+    saved = run.state.step
+    refit_generator(run)
+    while run.state.step < steps and not run.stop.agreed():
+        report = one_step(run)
+        if report is None:
+            break
+        progress.advance(report)
+        if run.recorder:
+            run.recorder.write(report)
+        if _due(run.config.checkpoint.every, report.step):
+            save(run)
+            saved = report.step
+        if _due(run.config.evaluate.every, report.step) or report.step == steps:
+            evaluate(run)
+    if saved < run.state.step:
+        save(run)
+    progress.close()
+    return run.state.step >= steps
+
+
+def one_step(run: Run) -> StepReport | None:
+    """One optimizer step. None, with nothing changed, when a stop request interrupted the rollouts."""
+    clock = Clock()
+    prompts = run.prompts.take(run.config.train.prompts_per_step)
+    with clock.section("rollout"):
+        mine = list(verified(run, written(run, prompts)))
+        if run.stop.agreed():
+            return None  # the stream's position in the run's state is still the one before this step
+        rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
+    replicas = balanced([sequence_length(rollout) for rollout in rollouts], run.place.data_parallel_size)
+    with clock.section("score"):
+        scores = {answer.key: answer for answer in scored(run, rollouts, replicas)}
+    with clock.section("pack"):
+        batch, trained = train_batch(run, rollouts, scores, replicas[run.place.data_parallel_rank])
+    with clock.section("train"):
+        stats = run.trainer.train_step(batch)
+    run.state.step += 1
+    run.state.prompts = run.prompts.state()
+    if run.generator and _due(run.config.rollout.refit_every, run.state.step):
+        with clock.section("refit"):
+            refit_generator(run)
+    if run.recorder:
+        run.recorder.write_rollouts(run.state.step, rollouts)
+    metrics = {
+        "loss/total": sum(stats.losses.values()),
+        **{f"loss/{name}": value for name, value in stats.losses.items()},
+        **{f"train/{name}": value for name, value in stats.metrics.items()},
+        **rollout_metrics(rollouts),
+        **token_metrics(run.state, rollouts, trained),
+        "optimizer/grad_norm": stats.grad_norm,
+        "optimizer/learning_rate": stats.learning_rate,
+        "optimizer/skipped": float(stats.skipped),
+        "speed/tokens_per_second": sum(len(rollout.response_ids) for rollout in rollouts) / clock.total,
+        **{f"time/{name}": seconds for name, seconds in clock.seconds().items()},
+    }
+    return StepReport(run.state.step, run.state.step, metrics, clock.total)
+
+
+def written(run: Run, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
+    """This rank's share of the step's responses, as they finish."""
+    mine = [prompts[i] for i in run.processes.share(len(prompts))]
+    return run.source.rollouts(mine, run.stop.requested)
+
+
+def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
+    """The same rollouts with the verifier's reward."""
+    for rollout in rollouts:
+        if run.verifier is not None:
+            rollout = replace(rollout, reward=run.verifier(rollout.text, rollout.prompt))
+        yield rollout
+
+
+def scored(run: Run, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[int]]) -> Iterator[TeacherScores]:
+    """The teacher's answers for the rollouts whose loss this rank computes."""
+    if run.scorer is None:
+        return iter(())
+    consumers = {i: run.place.loss_ranks[replica] for replica, members in enumerate(replicas) for i in members}
+    contexts = run.context.context_ids(rollouts)
+    requests = [
+        ScoreRequest(i, contexts[i], rollout.response_ids, consumers[i])
+        for i, rollout in enumerate(rollouts)
+        if len(rollout.response_ids)
+    ]
+    return run.scorer.score(requests, run.loss.needs)
+
+
+def train_batch(
+    run: Run, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores], members: Sequence[int]
+) -> tuple[TrainBatch, dict[str, float]]:
+    """This replica's rows, and the global token counts: one per loss component, and `dropped` without a score."""
+    train = run.config.train
+    rows = pack(
+        [rollouts[i] for i in members],
+        scores,
+        members,
+        [0.0] * len(members),
+        train.micro_batch_tokens,
+        train.packing,
+    )
+    counts = global_counts(run, rows)
+    return TrainBatch(rows, {name: max(1.0, counts[name]) for name in run.loss.components}), counts
+
+
+def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
+    """Token counts over all replicas and micro-batches; each replica is counted by the first rank of its last stage."""
+    counts = dict.fromkeys([*run.loss.components, "dropped"], 0.0)
+    if run.place.rank == run.place.loss_ranks[run.place.data_parallel_rank][0]:
+        for row in rows:
+            for name, mask in run.loss.component_masks(row.tokens).items():
+                counts[name] += float(mask.sum())
+            counts["dropped"] += float((~row.tokens.teacher_valid).sum())
+    return run.processes.sum(counts)
+
+
+def token_metrics(state: RunState, rollouts: Sequence[Rollout], counts: Mapping[str, float]) -> dict[str, float]:
+    """Tokens of this step, and their totals since the start of the run (kept in its state)."""
+    step = {
+        "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts)),
+        "trained": max(value for name, value in counts.items() if name != "dropped"),
+        "dropped": counts["dropped"],
+    }
+    for name, value in step.items():
+        state.counters[name] = state.counters.get(name, 0.0) + value
+    return {
+        **{f"tokens/{name}": value for name, value in step.items()},
+        **{f"tokens/{name}_total": state.counters[name] for name in step},
+    }
+
+
+def refit_generator(run: Run) -> None:
+    """Give the generator the trainer's weights, unless it has them already."""
+    if run.generator is not None and run.generator.version < run.state.step:
+        refit(run.trainer, run.generator, run.state.step, run.processes)
+
+
+def evaluate(run: Run) -> None:
+    """Held-out accuracy with the current weights."""
+    if run.evaluation is None or run.generator is None:
+        return
+    refit_generator(run)
+    result = run.evaluation.measure(run.generator, run.processes, run.stop)
+    if result is None:
+        return  # interrupted by a stop request
+    log.info("step %d: %s", run.state.step, result)
+    if run.recorder:
+        run.recorder.write_evaluation(run.state.step, result.metrics())
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint of the current step."""
+    path = run.store.save(run.trainer, run.state, run.config_text)
+    log.info("saved %s", path)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

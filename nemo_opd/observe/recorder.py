@@ -1,0 +1,95 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events and samples of its rollouts. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_opd.types import Rollout, StepReport
+
+
+class Recorder:
+    """Writes one line per step; a resumed run continues the files, without the steps that it will do again."""
+
+    def __init__(self, run_dir: Path, first_step: int, rollouts_per_step: int, tensorboard: bool) -> None:
+        self._folder = run_dir
+        self._rollouts_per_step = rollouts_per_step
+        _forget_steps(run_dir / "metrics.jsonl", first_step)
+        self._metrics: IO[str] = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        (run_dir / "rollouts").mkdir(exist_ok=True)
+        self._events = _summary_writer(run_dir / "tensorboard", first_step) if tensorboard else None
+
+    def write(self, report: StepReport) -> None:
+        """One line of metrics.jsonl and one scalar per metric."""
+        self._line({"step": report.step, "policy_version": report.policy_version, **report.metrics})
+        self._scalars(report.step, report.metrics)
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Evaluation results stand on lines of their own, marked by `evaluation`."""
+        self._line({"step": step, "evaluation": True, **metrics})
+        self._scalars(step, metrics)
+
+    def write_rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """The step's first rollouts, one per prompt as far as they go, to rollouts/step-*.jsonl."""
+        if not self._rollouts_per_step:
+            return
+        by_sample = sorted(rollouts, key=lambda r: r.sample)
+        with (self._folder / "rollouts" / f"step-{step:08d}.jsonl").open("w") as file:
+            for rollout in by_sample[: self._rollouts_per_step]:
+                file.write(json.dumps(describe(rollout), ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._events:
+            self._events.close()
+
+    def _line(self, fields: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps(fields) + "\n")
+
+    def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._events:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+
+
+def describe(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as plain JSON data."""
+    written = rollout.sampler_logprobs[~rollout.sampler_logprobs.isnan()]
+    return {
+        "epoch": rollout.prompt.epoch,
+        "index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "messages": [dict(message) for message in rollout.prompt.messages],
+        "answer": rollout.prompt.answer,
+        "response": rollout.text,
+        "response_tokens": len(rollout.response_ids),
+        "finish": rollout.finish.name.lower(),
+        "reward": rollout.reward,
+        "policy_version": int(rollout.policy_version.max()) if len(rollout.policy_version) else None,
+        "mean_sampler_logprob": float(written.mean()) if len(written) else None,
+    }
+
+
+def _forget_steps(path: Path, first_step: int) -> None:
+    """Drop lines of steps at or after `first_step`, and a last line that was cut off by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line)
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
+
+    return SummaryWriter(log_dir=str(folder), purge_step=first_step + 1 if first_step else None)

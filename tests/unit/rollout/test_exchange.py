@@ -1,0 +1,45 @@
+"""Rollouts arrive on every rank as they were written, in an order that does not depend on who wrote them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from nemo_opd.processes import Processes
+from nemo_opd.rollout.exchange import gather_rollouts
+from nemo_opd.types import Rollout
+from tests.helpers.ranks import RankPool
+from tests.helpers.rollouts import make_rollout
+
+
+def _everyone() -> list[Rollout]:
+    return [
+        make_rollout(i, length=3 + i + s, sample=s, reward=None if i == 2 else 0.1 * i) for i in range(4) for s in (0, 1)
+    ]
+
+
+def _gather(rank: int) -> list[Rollout]:
+    everyone = _everyone()
+    prompts = [everyone[2 * i].prompt for i in range(4)]
+    mine = [everyone[i] for i in ((7, 0, 3), (6, 2, 1, 4, 5))[rank]]
+    return gather_rollouts(Processes.current(), mine, prompts, lambda ids: "-".join(map(str, ids.tolist())))
+
+
+def test_all_fields_survive_in_canonical_order(ranks2: RankPool):
+    for answer in ranks2.run(_gather):
+        assert len(answer) == 8
+        for got, sent in zip(answer, _everyone(), strict=True):
+            for field in fields(Rollout):
+                a, b = getattr(got, field.name), getattr(sent, field.name)
+                if isinstance(b, torch.Tensor):
+                    assert a.dtype == b.dtype, field.name
+                    assert torch.equal(a, b), field.name
+                elif field.name == "text":
+                    assert a == "-".join(map(str, sent.response_ids.tolist()))
+                else:
+                    assert a == b, field.name
+
+
+def test_one_process_without_rollouts():
+    assert gather_rollouts(Processes(), [], [], str) == []
