@@ -1,0 +1,103 @@
+"""Lets Megatron-core run without CUDA, over gloo.
+
+Megatron's tensor, pipeline and data parallel code is device-neutral except for names: tensors are created with
+``device="cuda"``, the current device and random state are asked of `torch.cuda`, and its optimizers compare
+``tensor.type()`` with the names of CUDA types. Here those names are made to mean the CPU:
+
+* `install` replaces, once per process, the functions of `torch.cuda` that Megatron calls;
+* `megatron_device` is entered around every call into Megatron and redirects devices and type names. It is a scope and
+  not a state of the process because it costs about 1.6 microseconds per torch call, which generation would also pay.
+
+Where CUDA is available both do nothing. No arithmetic is changed by either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where this process computes: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+
+
+class _Inert:
+    """Stands for a CUDA stream or event: accepts every call, orders nothing (CPU work is synchronous)."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _is_cuda(place: Any) -> bool:
+    """True for what Megatron passes as a CUDA device: "cuda", "cuda:0", an index, or a CUDA torch.device."""
+    if isinstance(place, torch.device):
+        return place.type == "cuda"
+    return (isinstance(place, str) and place.startswith("cuda")) or type(place) is int
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Redirects the device argument of factories, `.to`, `.cuda`, and the answer of `.type()`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Clipping asserts fp32 gradients by this name; float64 (tests only) is let through as such.
+            name = func(*args).replace("torch.", "torch.cuda.")
+            return name.replace("DoubleTensor", "FloatTensor")
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **(kwargs or {}))
+
+
+def megatron_device() -> contextlib.AbstractContextManager[Any]:
+    """Scope of a call into Megatron. Never hold it across a `yield`: the caller's tensors would be redirected too."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+
+
+@functools.cache
+def install() -> None:
+    """Point the functions of `torch.cuda` that Megatron uses at the CPU. Once per process; nothing where CUDA is."""
+    if torch.cuda.is_available():
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.Stream = cuda.Event = _Inert
+    cuda.stream = cuda.current_stream = cuda.default_stream = _Inert
+
+    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    cuda.get_rng_state = cuda.random.get_rng_state = get_rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_rng_state  # type: ignore[assignment]
+    megatron_random._set_cuda_rng_state = set_rng_state  # type: ignore[assignment]

@@ -1,0 +1,194 @@
+"""A Megatron GPT model from a Hugging Face folder: this rank's part of it, with its weights.
+
+The model ends in its last hidden states, after the final norm. Logits are made where the loss is computed, a chunk of
+tokens at a time (`nemo_opd.vocab.fused`), or by the scorer; never for a whole row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_opd.config import LayoutConfig
+from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron.families import Architecture, read_architecture
+from nemo_opd.engines.megatron.local import PackedAttention, RMSNorm
+from nemo_opd.engines.megatron.parallel import Layout
+from nemo_opd.engines.megatron.rows import ModelInputs, model_inputs
+from nemo_opd.engines.megatron.weights import load_hf_weights
+from nemo_opd.errors import ConfigError
+from nemo_opd.vocab.shard import VocabShard
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def have_transformer_engine() -> bool:
+    """Transformer Engine runs on CUDA only; without it Megatron's local layer spec is used."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def dtype_of(name: str, key: str) -> torch.dtype:
+    """The torch dtype of a configured name; ConfigError names `key`."""
+    if name not in DTYPES:
+        raise ConfigError(key, name, f"one of {', '.join(DTYPES)}", "choose one of them")
+    return DTYPES[name]
+
+
+class HiddenStateModel(GPTModel):
+    """`GPTModel` whose forward pass ends in the last hidden states (or a stage's output) of one packed row."""
+
+    def forward(self, inputs: ModelInputs) -> Tensor:  # type: ignore[override]
+        """Run this pipeline stage on one row.
+
+        Returns:
+            [row, 1, hidden]; under sequence parallelism [row / TP, 1, hidden]. On the last stage after the final norm.
+        """
+        embedded = self.embedding(inputs.input_ids, inputs.position_ids) if self.pre_process else None
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=inputs.slots,
+            rotary_pos_emb=self._rotary(inputs),
+            packed_seq_params=inputs.packed,
+        )
+
+    def _rotary(self, inputs: ModelInputs) -> Tensor:
+        """Rotary angles; Transformer Engine restarts them at `cu_seqlens`, the local spec wants them per position."""
+        if inputs.packed is not None:
+            return self.rotary_pos_emb(inputs.longest, packed_seq=True)
+        # Megatron caches the table by length: a power of two keeps the number of tables small.
+        table = self.rotary_pos_emb(1 << (inputs.longest - 1).bit_length())
+        return table[inputs.position_ids[0]]
+
+    def last_hidden(self, output: Tensor) -> Tensor:
+        """[row, hidden], whole on every tensor-parallel rank, from what `forward` gave on the last stage.
+
+        Backward takes the complete gradient on every rank, as `fused_loss` gives it.
+        """
+        if self.config.sequence_parallel:
+            output = gather_from_sequence_parallel_region(
+                output, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return output.squeeze(1)
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """[local rows, hidden] of the output layer; the tied embedding's where the two are one. Last stage only."""
+        assert self.post_process
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def vocab_shard(self, vocab_size: int) -> VocabShard:
+        """Which rows `output_weight` holds, `vocab_size` of the padded vocabulary being real."""
+        group = self.pg_collection.tp
+        rows = self.vocab_size // group.size()
+        return VocabShard(vocab_size, group.rank() * rows, rows, group if group.size() > 1 else None)
+
+    def inputs(self, input_ids: Tensor, cu_seqlens: Tensor) -> ModelInputs:
+        """A row for `forward`, from CPU tensors."""
+        multiple = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return model_inputs(input_ids, cu_seqlens, multiple, have_transformer_engine(), cpu.device())
+
+
+def build_model(
+    folder: str | Path,
+    config: LayoutConfig,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    key: str,
+    vocab_padding_multiple: int = 1,
+) -> tuple[HiddenStateModel, Architecture]:
+    """Build this rank's pipeline stage and load its weights from the Hugging Face `folder`.
+
+    Args:
+        key: "student" or "teacher", for messages.
+
+    Raises:
+        ConfigError: an unsupported checkpoint, or sizes that the layout does not divide.
+    """
+    architecture = read_architecture(folder)
+    architecture.check_layout(layout.tp, layout.pp, key)
+    megatron = _transformer_config(architecture, config, layout, dtype)
+    with cpu.megatron_device():
+        model = HiddenStateModel(
+            config=megatron,
+            transformer_layer_spec=_block_spec(architecture, megatron, layout),
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            pg_collection=groups,
+            **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
+        )
+        load_hf_weights(model, folder)
+    return model, architecture
+
+
+def _leave(weight: Tensor) -> None:
+    """Initialise nothing: every weight is read from the checkpoint. (Megatron marks a parameter as sharded while it
+    initialises it, so that switching initialisation off would break the gradient norm.)"""
+
+
+def _transformer_config(
+    architecture: Architecture, config: LayoutConfig, layout: Layout, dtype: torch.dtype
+) -> TransformerConfig:
+    engine = have_transformer_engine()
+    return TransformerConfig(
+        **architecture.transformer_config_fields(),
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=config.sequence_parallel and layout.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Rows differ in length. Megatron asks for this dispatcher then, although there are no experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Losses come normalised by global token counts: Megatron must not average over micro-batches or replicas.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        apply_rope_fusion=engine,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=True,
+    )
+
+
+def _block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
+    """The layers of this stage: Transformer Engine's where it runs, otherwise Megatron's local ones with our kernels."""
+    norm: Any
+    if have_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.family.qk_norm), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(qk_layernorm=architecture.family.qk_norm, normalization="RMSNorm"), RMSNorm
+        _use_local_kernels(layer.submodules, architecture.family.qk_norm)
+    count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _use_local_kernels(layer: Any, qk_norm: bool) -> None:
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm

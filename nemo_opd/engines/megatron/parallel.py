@@ -1,0 +1,175 @@
+"""Who works with whom: the default process group, the student's groups and the teacher's.
+
+The student lives in Megatron's global state (`megatron.core.parallel_state`), as a Megatron user expects. The teacher
+has its own layout over the same processes and therefore its own `ProcessGroupCollection`, which never touches that
+state. Both number their ranks alike, tensor parallel fastest, then data parallel, then pipeline parallel:
+
+    rank = tp + TP * (dp + DP * pp)
+
+so that a teacher with the student's layout holds its answers where the student's loss wants them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemo_opd.config import LayoutConfig
+from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.protocols import Place
+from nemo_opd.errors import ConfigError
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+def init_distributed(timeout: timedelta = _TIMEOUT) -> None:
+    """Join the default process group from RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them; alone without them.
+
+    The group carries CPU tensors over gloo, and CUDA tensors over NCCL where there is CUDA. Does nothing when the
+    group exists.
+    """
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a model's layout over `world_size` processes and this process's coordinates in it."""
+
+    tp: int
+    pp: int
+    dp: int
+    rank: int
+
+    @classmethod
+    def of(cls, config: LayoutConfig, key: str) -> Layout:
+        """From the configuration under `key` (student, teacher) and the default process group.
+
+        Raises ConfigError when the world is no multiple of TP x PP.
+        """
+        tp, pp, world = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, dist.get_world_size()
+        if world % (tp * pp):
+            raise ConfigError(
+                f"{key}.tensor_model_parallel_size x {key}.pipeline_model_parallel_size",
+                f"{tp} x {pp} over {world} processes",
+                "a product that divides the number of processes",
+                "start another number of processes or change the layout",
+            )
+        return cls(tp, pp, world // (tp * pp), dist.get_rank())
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp % self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.tp * self.dp)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def last_stage_ranks(self, replica: int) -> tuple[int, ...]:
+        """Global ranks of a replica's last pipeline stage, by tensor parallel rank."""
+        return tuple(tp + self.tp * (replica + self.dp * (self.pp - 1)) for tp in range(self.tp))
+
+    def place(self) -> Place:
+        """This process as the loop sees it."""
+        return Place(
+            rank=self.rank,
+            world_size=self.tp * self.pp * self.dp,
+            data_parallel_rank=self.dp_rank,
+            data_parallel_size=self.dp,
+            loss_ranks=tuple(self.last_stage_ranks(replica) for replica in range(self.dp)),
+        )
+
+
+def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
+    """Set Megatron's global parallel state to the student's layout and return its groups.
+
+    Collective the first time; trainer and scorer may both call it, in any order.
+    Raises RuntimeError when the state holds another layout: `destroy_student_groups` first.
+    """
+    with cpu.megatron_device():
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                create_gloo_process_groups=torch.cuda.is_available(),
+                distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+            )
+            # Without dropout nothing is drawn from Megatron's random states, but its modules look them up.
+            with torch.random.fork_rng(devices=[]):
+                model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        sizes = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if sizes != (layout.tp, layout.pp):
+            raise RuntimeError(f"Megatron's parallel state is TP x PP = {sizes}; expected {(layout.tp, layout.pp)}")
+        assert parallel_state.get_tensor_model_parallel_rank() == layout.tp_rank
+        assert parallel_state.get_pipeline_model_parallel_rank() == layout.pp_rank
+        assert parallel_state.get_data_parallel_rank() == layout.dp_rank
+        return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_student_groups() -> None:
+    """Forget the student's groups, so that another layout can be set up (tests, a tool that loads two layouts)."""
+    parallel_state.destroy_model_parallel()
+
+
+def teacher_groups(layout: Layout) -> ProcessGroupCollection:
+    """The teacher's groups, apart from Megatron's global state. Collective: every rank calls it at the same point."""
+    sizes = [layout.tp, 1, layout.dp, layout.pp]
+    grid = HyperCommGrid(sizes, ["tp", "cp", "dp", "pp"])
+    groups = ProcessGroupCollection()
+    groups.tp = grid.create_pg("tp")
+    groups.cp = grid.create_pg("cp")
+    groups.dp = grid.create_pg("dp")
+    groups.pp = grid.create_pg("pp")
+    groups.mp = grid.create_pg(["tp", "pp"])
+    groups.tp_cp = grid.create_pg(["tp", "cp"])
+    groups.dp_cp = grid.create_pg(["cp", "dp"])
+    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    groups.embd = _embedding_group(layout)
+    groups.pos_embd = None
+    # A dense model has one expert: the expert groups are the dense ones.
+    groups.ep, groups.expt_tp, groups.expt_dp = groups.cp, groups.tp, groups.dp
+    groups.tp_ep, groups.tp_ep_pp = groups.tp_cp, groups.mp
+    return groups
+
+
+def _embedding_group(layout: Layout) -> dist.ProcessGroup | None:
+    """First and last stage of this rank's pipeline: they hold the two copies of a tied embedding."""
+    mine = None
+    for tp in range(layout.tp):
+        for dp in range(layout.dp):
+            ranks = sorted({tp + layout.tp * (dp + layout.dp * pp) for pp in (0, layout.pp - 1)})
+            group = dist.new_group(ranks)
+            if layout.rank in ranks:
+                mine = group
+    return mine
