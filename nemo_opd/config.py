@@ -8,7 +8,7 @@ merging is in `nemo_opd.configuration.load`, rules between fields are in `nemo_o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 MISSING: Any = "???"
 """OmegaConf's mark of a field that the recipe must fill in."""
@@ -99,6 +99,11 @@ class SlotConfig:
 
     name: str = MISSING
 
+    needs_teacher: ClassVar[bool] = True
+    """Of losses: False where no teacher is asked."""
+    needs_sampler_logprobs: ClassVar[bool] = False
+    """Of losses: True where every token must come with the probability that it was drawn with."""
+
 
 @dataclass
 class StudentPrefix(SlotConfig):
@@ -137,9 +142,10 @@ class ReverseKLLoss(SlotConfig):
 
 @dataclass
 class PolicyGradientLoss(SlotConfig):
-    """Sampled-token policy gradient with advantage -sg[log p - log q] (source: algorithms.md section 5)."""
+    """Sampled-token policy gradient with advantage -sg[log p - log q] (see nemo_opd/algorithms)."""
 
     name: str = "policy_gradient"
+    needs_sampler_logprobs: ClassVar[bool] = True
     clip_ratio: float | None = None
     """PPO clipping of the importance ratio to [1 - c, 1 + c]; None multiplies by the plain ratio."""
 
@@ -149,6 +155,7 @@ class CrossEntropyLoss(SlotConfig):
     """-log p of the written token (SFT)."""
 
     name: str = "cross_entropy"
+    needs_teacher: ClassVar[bool] = False
 
 
 @dataclass
