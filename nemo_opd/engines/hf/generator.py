@@ -1,0 +1,214 @@
+"""Rollouts by transformers in this process: the embedded default, no server.
+
+A loop of our own rather than `model.generate`, because finished sequences must free their slot at once, random numbers
+must not depend on the batch, and a stop request must be able to interrupt between two tokens.
+
+A request's tokens depend on its seed and the weights alone, up to the floating-point rounding of the model's forward:
+matrix kernels may add in another order for another batch size, which moves logits by about 1e-6 in float32 and can
+turn a draw only where two perturbed logits are that close. In bfloat16 the same holds with larger rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_opd.engines.hf.decode import DecodeBatch, Finished, context_of
+from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model
+from nemo_opd.engines.hf.sampling import check_sampling
+from nemo_opd.engines.hf.slots import ATTENTION
+from nemo_opd.refit.manifest import WeightCheck
+from nemo_opd.types import Author, Finish, GenerateRequest, Rollout, Sampling, StopRequested
+
+log = logging.getLogger(__name__)
+
+_REFILL_SHARE = 8
+"""Waiting requests enter when 1/8 of the slots is free: a prefill for each single free slot costs more than it wins."""
+
+
+class HFGenerator:
+    """`nemo_opd.engines.protocols.Generator` on a transformers model.
+
+    * `sampling.max_new_tokens` limits the whole response, prefix included: a response that is written in segments has
+      one limit, and its last segment ends where a single call would have ended.
+    * Prefix tokens keep `request.prefix_author`, policy version -1 and a NaN log-probability; they are in the loss
+      mask, for whether a prefix is trained on is the algorithm's choice and not the generator's.
+    * The EOS token is part of the response and in the loss mask. No padding id exists, so none can be mistaken for it.
+    * Each token carries the version that the generator held when it was drawn. Weights may be loaded between two
+      rollouts of a running `generate`; later tokens then carry the new version (on keys and values of the old one).
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        batch_size: int = 64,
+        eos_ids: Sequence[int] | None = None,
+        decode: Callable[[Tensor], str] | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: torch.device | str | None = None,
+        read_weights: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: a folder in Hugging Face format, or a model, which is owned and changed from now on.
+            batch_size: sequences decoded at a time; the key-value cache grows with it.
+            eos_ids: ids that end a response; None takes those that the folder names.
+            decode: makes `Rollout.text` of response ids, int64 [response]; None leaves it empty.
+            dtype, device: of a model read from a folder; None is this process's GPU, or the CPU where there is none.
+            read_weights: False reads the folder's configuration alone, and refuses to generate until `load_weights`.
+
+        Raises: ValueError for a folder without a model, an unsupported architecture, a batch size below 1 or an EOS id
+        outside the vocabulary.
+        """
+        if batch_size < 1:
+            raise ValueError(f"rollout.batch_size: got {batch_size}; expected at least 1")
+        if not isinstance(model, PreTrainedModel):
+            model = load_model(model, dtype, device, read_weights)
+        check_dense(model.config)
+        self._eos_ids = eos_ids_of(model) if eos_ids is None else tuple(eos_ids)
+        if outside := [i for i in self._eos_ids if not 0 <= i < model.config.vocab_size]:
+            raise ValueError(f"eos ids: got {outside}; expected ids below the model's {model.config.vocab_size}")
+        model.set_attn_implementation(ATTENTION)
+        self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
+        self._batch_size, self._decode = batch_size, decode
+        self._refusal = "" if read_weights else "it has no weights yet"
+        self.version = -1
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+    ) -> Iterator[Rollout]:
+        """Yield each rollout as it finishes; see `Generator.generate`.
+
+        Raises, at the call: ValueError for bad sampling values or a request that does not fit the model.
+        RuntimeError when the generator is closed or holds an incomplete set of weights.
+        """
+        model = self._ready_model()
+        check_sampling(sampling)
+        for request in requests:
+            _check_request(request, sampling, model)
+        return self._run(model, requests, sampling, stop_requested)
+
+    def _run(
+        self, model: PreTrainedModel, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
+    ) -> Iterator[Rollout]:
+        waiting: deque[GenerateRequest] = deque()
+        # Longest contexts first: neighbours in length share a prefill, and memory peaks at the start, not at the end.
+        for request in sorted(requests, key=lambda r: (-len(context_of(r)), context_of(r))):
+            if self._is_over(request, sampling):
+                yield self._rollout(_nothing_drawn(request))
+            else:
+                waiting.append(request)
+        if not waiting:
+            return
+        slots = min(self._batch_size, len(waiting))
+        columns = max(len(r.prompt.token_ids) for r in waiting) + sampling.max_new_tokens
+        batch = DecodeBatch(model, sampling, slots, columns, self._eos_ids)
+        while (waiting or batch.count) and not stop():
+            self._ready_model()
+            free = slots - batch.count
+            if waiting and free >= max(1, slots // _REFILL_SHARE):
+                batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+            # Not under inference mode here: it would leak to the consumer at a yield.
+            finished = batch.draw(self.version)
+            batch.advance()
+            for sequence in finished:
+                yield self._rollout(sequence)
+
+    def _is_over(self, request: GenerateRequest, sampling: Sampling) -> bool:
+        """A prefix that already ends the response leaves nothing to draw."""
+        prefix = request.prefix_ids
+        return len(prefix) >= sampling.max_new_tokens or (len(prefix) > 0 and prefix[-1] in self._eos_ids)
+
+    def _rollout(self, sequence: Finished) -> Rollout:
+        """Clones: the loop's tensors are rows of larger ones, and inference tensors, which autograd refuses."""
+        request, ids = sequence.request, sequence.ids.clone()
+        author = torch.full(ids.shape, Author.STUDENT, dtype=torch.int8)
+        author[: len(request.prefix_ids)] = request.prefix_author
+        ended = ids.shape[0] > 0 and int(ids[-1]) in self._eos_ids
+        return Rollout(
+            prompt=request.prompt,
+            sample=request.sample,
+            response_ids=ids,
+            sampler_logprobs=sequence.logprobs.clone(),
+            author=author,
+            policy_version=sequence.versions.clone(),
+            loss_mask=torch.ones_like(ids, dtype=torch.bool),
+            finish=Finish.EOS if ended else Finish.LENGTH,
+            text="" if self._decode is None else self._decode(ids),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy `weights` into the model in place, one at a time, cast to its dtype; no second copy of the model.
+
+        What is being overwritten cannot be restored, so "none" means refusing: from the first tensor until the last
+        the generator does not generate, and when the stream breaks off or is wrong it stays so until a complete load.
+        A tied output layer may come or stay away; when it comes it must equal the embedding.
+
+        Raises: ValueError when the version does not grow (nothing is touched then) or a tensor is missing, unknown,
+        doubled or of another shape; and whatever `weights` raises.
+        """
+        model = self._model
+        if model is None:
+            raise RuntimeError("generator: got load_weights after close; make a new one")
+        if version <= self.version:
+            raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
+        own = dict(model.named_parameters(remove_duplicate=False))
+        tied = set(own) - {name for name, _ in model.named_parameters()}
+        check = WeightCheck({name: tuple(p.shape) for name, p in own.items()}, optional=tied)
+        self._refusal = f"the load of policy version {version} did not complete"
+        written: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in weights:
+                check.see(name, tensor)
+                _copy_once(own[name], tensor, written, name)
+        check.finish()
+        self.version, self._refusal = version, ""
+        log.debug("generator holds policy version %d", version)
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self._model = None
+
+    def _ready_model(self) -> PreTrainedModel:
+        if self._model is None:
+            raise RuntimeError("generator: got generate after close; make a new one")
+        if self._refusal:
+            raise RuntimeError(f"generator refuses to generate: {self._refusal}; load a complete set of weights first")
+        return self._model
+
+
+def _copy_once(target: Tensor, tensor: Tensor, written: set[int], name: str) -> None:
+    """Copy into a parameter; one that was written under its other name must get the same values again."""
+    if id(target) in written:
+        if not torch.equal(target, tensor.to(target)):
+            raise ValueError(f"weights: got {name} with other values than the tensor it is tied to; expected the same")
+        return
+    target.copy_(tensor)
+    written.add(id(target))
+
+
+def _nothing_drawn(request: GenerateRequest) -> Finished:
+    ids = torch.tensor(request.prefix_ids, dtype=torch.int64)
+    return Finished(request, ids, torch.full(ids.shape, float("nan")), torch.full_like(ids, -1))
+
+
+def _check_request(request: GenerateRequest, sampling: Sampling, model: PreTrainedModel) -> None:
+    where = f"prompt {request.prompt.index} (epoch {request.prompt.epoch}), sample {request.sample}"
+    context, vocab_size = context_of(request), model.config.vocab_size
+    if not request.prompt.token_ids:
+        raise ValueError(f"{where}: got an empty prompt; expected at least one token")
+    if min(context) < 0 or max(context) >= vocab_size:
+        raise ValueError(f"{where}: got ids {min(context)} to {max(context)}; expected ids below {vocab_size}")
+    room = model.config.max_position_embeddings
+    if len(request.prompt.token_ids) + sampling.max_new_tokens > room:
+        raise ValueError(
+            f"{where}: got {len(request.prompt.token_ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens}; "
+            f"expected at most the model's {room} positions; lower rollout.max_new_tokens or data.max_prompt_tokens"
+        )
