@@ -57,7 +57,8 @@ def load_model(
     if weights:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).to(device)
+        )
+        torch.nn.Module.to(model, device)
     else:
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
