@@ -236,7 +236,10 @@ class _ShardWriter:
         if shape is None or tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
             got = f"{tuple(tensor.shape)} {tensor.dtype}"
             want = "no such tensor (any more)" if shape is None else f"{shape} {self.dtype}"
-            raise ValueError(f"{name}: got {got}; expected {want}; export the model that the source folder describes")
+            raise ValueError(
+                f"{name}: got {got}; expected {want}; export all weights of "
+                "the model that the source folder describes, in one dtype"
+            )
         self._bytes += tensor.numel() * tensor.element_size()
         self._parameters += tensor.numel()
         file = self._file_of[name]
