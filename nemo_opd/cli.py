@@ -1,0 +1,215 @@
+"""`nemo-opd`: train, evaluate, export, make data.
+
+Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from nemo_opd import __version__
+from nemo_opd.configuration.folders import folder_kind
+from nemo_opd.configuration.load import load, to_yaml
+from nemo_opd.errors import ConfigError
+from nemo_opd.launch import start
+from nemo_opd.reliability.outcome import EXIT_CODES, INTERRUPTED, Status
+from nemo_opd.worker import configure_logging
+
+_CONFIG_ERROR = EXIT_CODES[Status.CONFIG_ERROR]
+
+_MAIN = """
+a first run, on any machine with two CPU cores:
+  python -m nemo_opd.quickstart            every step from making the data to the exported student
+
+the same by hand:
+  nemo-opd data arithmetic runs/data
+  nemo-opd train recipes/quickstart/distil.yaml train.steps=50
+  nemo-opd eval runs/quickstart/distil --data runs/data/heldout.jsonl
+  nemo-opd export runs/quickstart/distil runs/student
+
+exit codes:
+  0    done
+  2    a setting or an argument that cannot work; one line on stderr says what to change
+  70   failed; outcome.json in the run folder has the reason
+  75   stopped on request, with a checkpoint: run the same command again to go on
+  130  interrupted at once (second Ctrl-C)
+"""
+
+_TRAIN = """
+examples:
+  nemo-opd train recipes/quickstart/distil.yaml
+  nemo-opd train my.yaml run.dir=runs/b train.steps=50 loss=policy_gradient loss.clip_ratio=0.2
+  nemo-opd train my.yaml student.tensor_model_parallel_size=2 --check
+
+A recipe is a YAML file with the keys of nemo_opd/config.py; key=value on the command line wins over it. `algorithm:
+NAME` fills the slots (prefix, stop, context, loss, weight), and each can be replaced by name: loss=cross_entropy.
+A text with spaces needs the shell's quotes: "data.system_prompt=Answer briefly."
+
+The number of processes follows from the layouts of student and teacher, or is train.processes. They are started here,
+except below torchrun or srun (with MASTER_ADDR and MASTER_PORT set): then this process joins the others.
+On a cluster: sbatch slurm/opd.sh RECIPE [key=value ...]
+
+Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and exits with 75; the same command goes on from there.
+A second Ctrl-C ends the run at once. The run folder holds config.yaml, metrics.jsonl, TensorBoard events,
+rollouts/*.jsonl, checkpoints/, outcome.json, log.txt and, of the other processes, logs/rank-N.txt.
+"""
+
+_EVAL = """
+examples:
+  nemo-opd eval runs/distil --data heldout.jsonl                         newest checkpoint, settings of the run
+  nemo-opd eval runs/distil/checkpoints/step-00000100 --data heldout.jsonl evaluate.samples_per_prompt=8
+  nemo-opd eval models/student --data heldout.jsonl verify.name=math     any model folder
+
+Prints avg@k and pass@k (k = evaluate.samples_per_prompt) with the number of problems and a 95 % interval.
+"""
+
+_EXPORT = """
+examples:
+  nemo-opd export runs/distil models/student
+  nemo-opd export runs/distil/checkpoints/step-00000100 models/student-100
+
+Writes safetensors, config.json and tokenizer with Hugging Face names; load it with transformers or vLLM.
+"""
+
+_DATA = """
+examples:
+  nemo-opd data arithmetic runs/data --train 20000 --heldout 1000
+  nemo-opd data KIND --help
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_CONFIG_ERROR, f"error: command line: {message}; see `{self.prog} --help`\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code and raises nothing that a user has to read as a traceback."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(arguments[0] if arguments else "")
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        _take_overrides(parser, args, rest)
+        configure_logging()
+        return args.run(args)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # below a launcher every process finds the same error
+            sys.stderr.write(f"error: {error}\n")
+        return _CONFIG_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+
+
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    """The whole command line; `verb` is the one being called, since `data` brings arguments of its own."""
+    parser = _Parser(
+        prog="nemo-opd",
+        description="On-policy distillation of large language models on Megatron-core: the student writes, the teacher "
+        "scores every token, the student learns.",
+        epilog=_MAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nemo-opd {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    _add_train(_verb(verbs, "train", "train a student, or go on with a run", _TRAIN))
+    _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
+    _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
+    _add_data(_verb(verbs, "data", "make problems, a tokenizer and untrained models", _DATA), fill=verb == "data")
+    return parser
+
+
+def _verb(verbs: argparse._SubParsersAction[_Parser], name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file, see recipes/README.md")
+    _add_overrides(parser, "settings that win over the recipe's")
+    parser.add_argument("--check", action="store_true", help="check the recipe, print every setting and start nothing")
+    parser.set_defaults(run=_train)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="run, checkpoint, or model in Hugging Face format")
+    parser.add_argument("--data", metavar="FILE", type=Path, help="problems (default: evaluate.path of the run)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there too, as JSON")
+    parser.add_argument(
+        "--compare-transformers",
+        action="store_true",
+        help="generate with plain transformers too and show whether the answers are the same (a model folder)",
+    )
+    _add_overrides(parser, "settings that win over the run's")
+    parser.set_defaults(run=_eval)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="run (its newest checkpoint) or checkpoint")
+    parser.add_argument("out", metavar="DIR", type=Path, help="new or empty folder")
+    _add_overrides(parser, "settings that win over the run's")
+    parser.set_defaults(run=_export)
+
+
+def _add_data(parser: argparse.ArgumentParser, *, fill: bool) -> None:
+    if not fill:
+        return
+    from nemo_opd.tasks import cli as tasks
+
+    tasks.add_arguments(parser)
+    parser.set_defaults(run=tasks.run)
+
+
+def _add_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=summary)
+
+
+def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """argparse stops collecting `key=value` words at the first option; the ones behind it end up in `rest`."""
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load(args.recipe, args.overrides)
+    if args.check:
+        sys.stdout.write(to_yaml(config))
+        return 0
+    return start(config)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    args.kind = folder_kind(args.path, ("run", "checkpoint", "model"))
+    if args.data is not None and not args.data.exists():
+        raise ConfigError("--data", f"no file {args.data}", "a .jsonl or .parquet file", "check the path")
+    from nemo_opd.evaluate import command
+
+    return command.main(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    args.kind = folder_kind(args.path, ("run", "checkpoint"))
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError("DIR", f"{args.out}, which is not empty", "a new or empty folder", "choose another")
+    from nemo_opd import export
+
+    return export.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Rules between the fields of a configuration: what cannot work is refused before anything starts.
+
+The first broken rule is raised as a ConfigError. Data-parallel size need not divide `train.prompts_per_step`: rollouts
+are spread by length, and a replica without any still takes part in the step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+
+from nemo_opd.config import Config, DatasetPrefix, LayoutConfig
+from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
+from nemo_opd.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "student.dtype": ("bfloat16", "float32", "float64"),
+    "teacher.dtype": ("bfloat16", "float32", "float64"),
+    "teacher.engine": ("megatron", "hf", "none"),
+    "rollout.engine": ("hf",),
+    "rollout.dtype": ("bfloat16", "float32", "float64"),
+    "data.on_malformed": ("error", "skip"),
+    "verify.name": ("none", "exact", "integer", "math"),
+    "optimizer.decay": ("constant", "linear", "cosine"),
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "run.seed": (0, 2**63 - 1),
+    "student.tensor_model_parallel_size": (1, math.inf),
+    "student.pipeline_model_parallel_size": (1, math.inf),
+    "student.vocab_padding_multiple": (1, math.inf),
+    "teacher.tensor_model_parallel_size": (1, math.inf),
+    "teacher.pipeline_model_parallel_size": (1, math.inf),
+    "teacher.micro_batch_tokens": (1, math.inf),
+    "data.max_prompt_tokens": (1, math.inf),
+    "rollout.samples_per_prompt": (1, math.inf),
+    "rollout.max_new_tokens": (1, math.inf),
+    "rollout.temperature": (1e-3, 100),
+    "rollout.top_p": (1e-6, 1),
+    "rollout.top_k": (0, math.inf),
+    "rollout.batch_size": (1, math.inf),
+    "rollout.refit_every": (1, math.inf),
+    "loss.clip_ratio": (1e-6, 1),
+    "verify.time_limit": (1e-3, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "optimizer.min_lr": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.adam_beta1": (0, 1 - 1e-9),
+    "optimizer.adam_beta2": (0, 1 - 1e-9),
+    "optimizer.adam_eps": (1e-30, 1),
+    "optimizer.clip_grad": (0, math.inf),
+    "train.steps": (1, math.inf),
+    "train.prompts_per_step": (1, math.inf),
+    "train.micro_batch_tokens": (1, math.inf),
+    "train.loss_chunk_tokens": (1, math.inf),
+    "train.processes": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "evaluate.every": (0, math.inf),
+    "evaluate.problems": (1, math.inf),
+    "evaluate.samples_per_prompt": (1, math.inf),
+    "evaluate.temperature": (1e-3, 100),
+    "evaluate.top_p": (1e-6, 1),
+    "evaluate.max_new_tokens": (1, math.inf),
+    "observe.rollouts_per_step": (0, math.inf),
+}
+"""Inclusive bounds; a key that the chosen slots do not have, or that is not set, is passed over."""
+
+
+def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what cannot work. Reads small files only; raises ConfigError."""
+    for rule in (_choices, _ranges, _teacher, _written_responses, _schedule, _evaluation, _run_folder, _data_files):
+        rule(config)
+    student = read_model_sizes("student.model", Path(config.student.model), convertible=True)
+    _layout("student", config.student, student)
+    _vocabulary(config, student)
+    models = {"student": student}
+    if config.teacher.engine != "none":
+        models["teacher"] = _teacher_model(config)
+    _lengths(config, models)
+    world_size(config, environment)
+
+
+def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> int:
+    """Processes of the run: the launcher's, else `train.processes`, else the smallest number that fits both layouts."""
+    sizes = {"student": model_parallel_size(config.student)}
+    if config.teacher.engine == "megatron":
+        sizes["teacher"] = model_parallel_size(config.teacher)
+    smallest = math.lcm(*sizes.values())
+    launched = launched_processes(environment)
+    key, processes = ("WORLD_SIZE", launched) if launched else ("train.processes", config.train.processes or smallest)
+    if processes % smallest:
+        layouts = " and ".join(f"{size} of the {who}" for who, size in sizes.items())
+        expected = f"a multiple of {smallest} (tensor x pipeline parallel: {layouts})"
+        raise ConfigError(key, processes, expected, "change the number of processes or the layouts")
+    return processes
+
+
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many processes a launcher (torchrun, or srun with a rendezvous) started; None where there was none.
+
+    A batch script has SLURM's variables too, so they count only together with MASTER_ADDR and MASTER_PORT.
+    """
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        return None
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in environment and environment.get(size, "").isdigit():
+            return int(environment[size])
+    return None
+
+
+def model_parallel_size(layout: LayoutConfig) -> int:
+    """Processes that hold one copy of the model."""
+    return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+
+
+def _choices(config: Config) -> None:
+    for key, choices in CHOICES.items():
+        value = attrgetter(key)(config)
+        if value not in choices:
+            raise ConfigError(key, value, f"one of {', '.join(choices)}", "choose one of these")
+
+
+def _ranges(config: Config) -> None:
+    for key, (low, high) in RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name, None)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            expected = f"at least {low:g}" if high == math.inf else f"a value from {low:g} to {high:.12g}"
+            raise ConfigError(key, value, expected, "change the value")
+
+
+def _teacher(config: Config) -> None:
+    loss, teacher = config.loss, config.teacher
+    if loss.needs_teacher and teacher.engine == "none":
+        way_out = "set teacher.engine=megatron and teacher.model, or choose loss=cross_entropy"
+        raise ConfigError("teacher.engine", "none", f"an engine, as loss {loss.name} compares with a teacher", way_out)
+    if not loss.needs_teacher and teacher.engine != "none":
+        way_out = "set teacher.engine=none, or choose a loss that learns from the teacher"
+        raise ConfigError("teacher.engine", teacher.engine, f"none, as loss {loss.name} asks no teacher", way_out)
+    if teacher.engine != "none" and teacher.model is None:
+        way_out = "set teacher.model, or teacher.engine=none with loss=cross_entropy"
+        raise ConfigError("teacher.model", "nothing", "a model folder", way_out)
+    if teacher.engine == "hf" and model_parallel_size(teacher) > 1:
+        way_out = "set both teacher sizes to 1, or teacher.engine=megatron"
+        name = "tensor" if teacher.tensor_model_parallel_size > 1 else "pipeline"
+        got = attrgetter(f"{name}_model_parallel_size")(teacher)
+        raise ConfigError(f"teacher.{name}_model_parallel_size", got, "1, as the hf engine does not split", way_out)
+
+
+def _written_responses(config: Config) -> None:
+    """With `prefix: dataset` nothing is generated, so what only a generator can give is refused."""
+    if not isinstance(config.prefix, DatasetPrefix):
+        return
+    if config.rollout.samples_per_prompt != 1:
+        way_out = "set rollout.samples_per_prompt=1, or prefix=student to let the student write"
+        got = config.rollout.samples_per_prompt
+        raise ConfigError("rollout.samples_per_prompt", got, "1, as the data set has one response per prompt", way_out)
+    if config.loss.needs_sampler_logprobs:
+        way_out = "choose prefix=student, or a loss without an importance ratio (loss=reverse_kl)"
+        expected = "a loss that does not ask how probable a token was when it was drawn, as the data set wrote it"
+        raise ConfigError("loss.name", config.loss.name, expected, way_out)
+
+
+def _schedule(config: Config) -> None:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr ({optimizer.lr})", "lower it")
+    if optimizer.warmup_steps > steps:
+        way_out = "shorten the warm-up or train longer"
+        raise ConfigError("optimizer.warmup_steps", optimizer.warmup_steps, f"at most train.steps ({steps})", way_out)
+    if optimizer.distributed and importlib.util.find_spec("transformer_engine") is None:
+        expected = "false or null, as Transformer Engine is not installed and a resume needs its Adam"
+        raise ConfigError("optimizer.distributed", True, expected, "leave it out")
+
+
+def _evaluation(config: Config) -> None:
+    evaluate = config.evaluate
+    if evaluate.path is None:
+        if evaluate.every:
+            way_out = "set evaluate.path to held-out problems, or evaluate.every=0"
+            raise ConfigError("evaluate.every", evaluate.every, "0 without evaluate.path", way_out)
+        return
+    if config.verify.name == "none":
+        way_out = "set verify.name (exact, integer or math), or leave evaluate.path out"
+        raise ConfigError("verify.name", "none", "a verifier, as evaluate.path asks for rewards", way_out)
+    if evaluate.greedy and evaluate.samples_per_prompt > 1:
+        way_out = "set evaluate.samples_per_prompt=1 or evaluate.greedy=false"
+        got = evaluate.samples_per_prompt
+        raise ConfigError("evaluate.samples_per_prompt", got, "1, as greedy samples are all the same", way_out)
+
+
+def _run_folder(config: Config) -> None:
+    folder = Path(config.run.dir)
+    if not config.run.dir or (folder.exists() and not folder.is_dir()):
+        raise ConfigError("run.dir", config.run.dir or "an empty text", "a folder, made when absent", "choose another")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            "run.dir", folder, f"a place to write ({nearest} is none)", "choose another or change its mode"
+        )
+
+
+def _data_files(config: Config) -> None:
+    for key, text in (("data.path", config.data.path), ("evaluate.path", config.evaluate.path)):
+        if text is None:
+            continue
+        path = Path(text)
+        if not path.exists():
+            raise ConfigError(
+                key, f"no file {path}", "a .jsonl or .parquet file, or a saved data set", "check the path"
+            )
+        if not path.is_dir() and path.suffix not in (".jsonl", ".parquet"):
+            raise ConfigError(key, path, "a name in .jsonl or .parquet, or a folder", "convert or rename the file")
+
+
+def _teacher_model(config: Config) -> ModelSizes:
+    megatron = config.teacher.engine == "megatron"
+    sizes = read_model_sizes("teacher.model", Path(str(config.teacher.model)), convertible=megatron)
+    if megatron:
+        _layout("teacher", config.teacher, sizes)
+    return sizes
+
+
+def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
+    """Do the model's sizes divide? Every tensor-parallel rank holds whole key-value heads."""
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    common = math.gcd(model.attention_heads, model.key_value_heads, model.feed_forward)
+    if common % tensor:
+        expected = (
+            f"{_divisors(common)} (divisors of {model.attention_heads} attention heads, {model.key_value_heads} "
+            f"key-value heads and a feed-forward width of {model.feed_forward})"
+        )
+        raise ConfigError(f"{who}.tensor_model_parallel_size", tensor, expected, "set it to one of these")
+    if model.layers % pipeline:
+        expected = f"{_divisors(model.layers)} (divisors of {model.layers} layers)"
+        raise ConfigError(f"{who}.pipeline_model_parallel_size", pipeline, expected, "set it to one of these")
+    if layout.sequence_parallel and tensor == 1:
+        way_out = f"leave it out, or raise {who}.tensor_model_parallel_size"
+        raise ConfigError(f"{who}.sequence_parallel", True, "false with tensor_model_parallel_size 1", way_out)
+
+
+def _vocabulary(config: Config, model: ModelSizes) -> None:
+    """Padding goes to the last shard; a shard of nothing but padding has no normaliser."""
+    tensor, multiple = config.student.tensor_model_parallel_size, config.student.vocab_padding_multiple
+    shard = math.ceil(model.vocabulary / (multiple * tensor)) * multiple
+    if (tensor - 1) * shard >= model.vocabulary:
+        expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
+        raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
+
+
+def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for who, model in models.items():
+        if model.positions is not None and longest > model.positions:
+            got = f"{config.rollout.max_new_tokens} after a prompt of up to {config.data.max_prompt_tokens}"
+            expected = f"together at most the {model.positions} positions of the {who}"
+            raise ConfigError("rollout.max_new_tokens", got, expected, "lower it or data.max_prompt_tokens")
+
+
+def _divisors(number: int) -> str:
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]

@@ -1,0 +1,80 @@
+"""The few sizes of a model that its config.json tells, read without importing transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_opd.errors import ConfigError
+
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+"""Dense models that can be converted between Hugging Face and Megatron."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts from a model folder's config.json."""
+
+    architecture: str
+    layers: int
+    attention_heads: int
+    key_value_heads: int
+    feed_forward: int
+    vocabulary: int
+    positions: int | None
+    """Longest sequence that the model was made for; None where the file does not say."""
+
+
+def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes:
+    """Read ``folder/config.json``.
+
+    Args:
+        key: the setting that names the folder, for the error.
+        convertible: refuse architectures that Megatron is not given here.
+
+    Raises:
+        ConfigError: no such folder, no readable config.json, code in the folder, an unsupported architecture.
+    """
+    values = _read_config(key, folder)
+    if "auto_map" in values:
+        way_out = "no code of a model is ever run: convert it to a supported architecture first"
+        raise ConfigError(key, f"{folder} with code of its own (auto_map)", "weights and JSON only", way_out)
+    architecture = (values.get("architectures") or ["none"])[0]
+    if convertible and architecture not in SUPPORTED_ARCHITECTURES:
+        expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        raise ConfigError(key, f"a model of architecture {architecture}", expected, "choose a model of these families")
+    return ModelSizes(
+        architecture=architecture,
+        layers=_count(key, folder, values, "num_hidden_layers"),
+        attention_heads=_count(key, folder, values, "num_attention_heads"),
+        key_value_heads=_count(key, folder, values, "num_key_value_heads", "num_attention_heads"),
+        feed_forward=_count(key, folder, values, "intermediate_size"),
+        vocabulary=_count(key, folder, values, "vocab_size"),
+        positions=values.get("max_position_embeddings"),
+    )
+
+
+def _count(key: str, folder: Path, values: dict[str, Any], name: str, otherwise: str = "") -> int:
+    size = values.get(name, values.get(otherwise))
+    if not isinstance(size, int) or size < 1:
+        got = f"{size} as {name} in {folder / 'config.json'}"
+        raise ConfigError(key, got, "a whole number from 1", "check the model folder")
+    return size
+
+
+def _read_config(key: str, folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        way_out = "give a folder in Hugging Face format (`hf download NAME --local-dir DIR` makes one)"
+        raise ConfigError(key, f"no folder {folder}", "a model folder", way_out)
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(key, f"no {file}", "a model folder in Hugging Face format", "check the path") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(key, f"{file}: {error}", "a readable JSON file", "save the model again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(key, f"{file} without fields", "a JSON object", "save the model again")
+    return values

@@ -1,0 +1,107 @@
+"""What one process of a run does around the loop: join its launcher, keep its own log, say how it ended.
+
+python -m nemo_opd.worker RESOLVED.yaml        as our own launcher starts it (through torchrun)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from nemo_opd.config import Config
+from nemo_opd.configuration.check import launched_processes
+from nemo_opd.configuration.load import load
+from nemo_opd.errors import ConfigError
+from nemo_opd.reliability.lock import RunLocked
+from nemo_opd.reliability.outcome import ATTEMPT_VARIABLE, EXIT_CODES, Status, current_attempt, write_failure
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)  # opened here, since a forked child that still has to exec should open nothing
+
+
+def run(config: Config) -> int:
+    """Train in this process, alone or as one of a launcher's; returns the exit code of `reliability.outcome`."""
+    launched = launched_processes() is not None
+    rank = join_launcher() if launched else 0
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank > 0:
+        write_output_to(folder / "logs" / f"rank-{rank}.txt")
+    attempt = os.environ.setdefault(ATTEMPT_VARIABLE, current_attempt())
+    configure_logging()
+    code = _guarded(config, folder, attempt, rank)
+    return 0 if launched and code == EXIT_CODES[Status.PREEMPTED] else code
+
+
+def _guarded(config: Config, folder: Path, attempt: str, rank: int) -> int:
+    try:
+        from nemo_opd import loop  # late: torch, Megatron and NeMo take seconds to import
+
+        return loop.run(config)
+    except RunLocked as error:  # not our folder: nothing is written into it
+        return _say(error)
+    except ConfigError as error:
+        write_failure(folder, Status.CONFIG_ERROR, str(error), attempt, rank)
+        return _say(error)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # whatever it is, the run ends here, and its reason must reach outcome.json
+        log.exception("rank %d failed", rank)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        write_failure(folder, Status.FAILED, reason, attempt, rank)
+        return EXIT_CODES[Status.FAILED]
+
+
+def join_launcher() -> int:
+    """Make an srun launch look like torchrun's, tie this process's life to its launcher's; returns the rank."""
+    if "RANK" not in os.environ:
+        for ours, theirs in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ[ours] = os.environ[f"SLURM_{theirs}"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)
+    return int(os.environ["RANK"])
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel to send this process a signal when its parent dies, so that a killed parent leaves no orphans."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def write_output_to(path: Path) -> None:
+    """Send this process's stdout and stderr, also what C++ libraries write, to a file (appended)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def configure_logging() -> None:
+    """Our messages from INFO on and other libraries' warnings, on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("nemo_opd").setLevel(logging.INFO)
+
+
+def _say(error: ConfigError) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return EXIT_CODES[Status.CONFIG_ERROR]
+
+
+def main() -> int:
+    try:
+        return run(load(Path(sys.argv[1])))
+    except ConfigError as error:
+        return _say(error)
+
+
+if __name__ == "__main__":  # saving a checkpoint starts processes that import this module again
+    sys.exit(main())
