@@ -75,12 +75,11 @@ class HiddenStateModel(GPTModel):
     def last_hidden(self, output: Tensor) -> Tensor:
         """[row, hidden], whole on every tensor-parallel rank, from what `forward` gave on the last stage.
 
-        Backward takes the complete gradient on every rank, as `fused_loss` gives it.
+        Under sequence parallelism backward sums the gradients of all tensor-parallel ranks (its reduce-scatter), so
+        each rank must hand in its own part of the sum; otherwise each must hand in the complete gradient.
         """
         if self.config.sequence_parallel:
-            output = gather_from_sequence_parallel_region(
-                output, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
+            output = gather_from_sequence_parallel_region(output, group=self.pg_collection.tp)
         return output.squeeze(1)
 
     @property
@@ -173,15 +172,16 @@ def _transformer_config(
 
 
 def _block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
-    """The layers of this stage: Transformer Engine's where it runs, otherwise Megatron's local ones with our kernels."""
-    norm: Any
+    """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our two kernels."""
+    norm: Any = RMSNorm
+    qk_norm = architecture.family.qk_norm
     if have_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.family.qk_norm), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(qk_layernorm=architecture.family.qk_norm, normalization="RMSNorm"), RMSNorm
-        _use_local_kernels(layer.submodules, architecture.family.qk_norm)
+        layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        _use_local_kernels(layer.submodules, qk_norm)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 

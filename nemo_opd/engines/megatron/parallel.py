@@ -12,13 +12,12 @@ so that a teacher with the student's layout holds its answers where the student'
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -144,32 +143,30 @@ def destroy_student_groups() -> None:
 
 def teacher_groups(layout: Layout) -> ProcessGroupCollection:
     """The teacher's groups, apart from Megatron's global state. Collective: every rank calls it at the same point."""
-    sizes = [layout.tp, 1, layout.dp, layout.pp]
-    grid = HyperCommGrid(sizes, ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
-    groups.tp = grid.create_pg("tp")
-    groups.cp = grid.create_pg("cp")
-    groups.dp = grid.create_pg("dp")
-    groups.pp = grid.create_pg("pp")
-    groups.mp = grid.create_pg(["tp", "pp"])
-    groups.tp_cp = grid.create_pg(["tp", "cp"])
-    groups.dp_cp = grid.create_pg(["cp", "dp"])
-    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
-    groups.embd = _embedding_group(layout)
+    groups.tp = _group(layout, "tp")
+    groups.dp = _group(layout, "dp")
+    groups.pp = _group(layout, "pp")
+    groups.mp = _group(layout, "tp", "pp")
+    groups.embd = _group(layout, "pp", only=(0, layout.pp - 1))
     groups.pos_embd = None
-    # A dense model has one expert: the expert groups are the dense ones.
-    groups.ep, groups.expt_tp, groups.expt_dp = groups.cp, groups.tp, groups.dp
-    groups.tp_ep, groups.tp_ep_pp = groups.tp_cp, groups.mp
+    # One context-parallel rank and, in a dense model, one expert: these groups are dense ones or this rank alone.
+    groups.cp = groups.ep = _group(layout)
+    groups.tp_cp = groups.tp_ep = groups.expt_tp = groups.tp
+    groups.dp_cp = groups.expt_dp = groups.dp
+    groups.tp_dp_cp = _group(layout, "tp", "dp")
+    groups.tp_ep_pp = groups.mp
     return groups
 
 
-def _embedding_group(layout: Layout) -> dist.ProcessGroup | None:
-    """First and last stage of this rank's pipeline: they hold the two copies of a tied embedding."""
-    mine = None
-    for tp in range(layout.tp):
-        for dp in range(layout.dp):
-            ranks = sorted({tp + layout.tp * (dp + layout.dp * pp) for pp in (0, layout.pp - 1)})
-            group = dist.new_group(ranks)
-            if layout.rank in ranks:
-                mine = group
+def _group(layout: Layout, *varying: str, only: tuple[int, ...] | None = None) -> dist.ProcessGroup | None:
+    """This rank's group of ranks that differ in the `varying` coordinates alone; with `only`, of these stages alone."""
+    by_coordinates: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.tp * layout.dp * layout.pp):
+        other = replace(layout, rank=rank)
+        if only is None or other.pp_rank in only:
+            fixed = {"tp": other.tp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
+            key = tuple(value for name, value in fixed.items() if name not in varying)
+            by_coordinates.setdefault(key, []).append(rank)
+    mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_TIMEOUT)
     return mine

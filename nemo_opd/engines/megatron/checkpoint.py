@@ -1,0 +1,58 @@
+"""Model, optimizer and schedule through `megatron.core.dist_checkpointing`.
+
+Every rank writes its own shards; they can be read back under another layout. Saving starts a helper process, so a
+program that saves needs its ``if __name__ == "__main__"`` guard.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron.model import HiddenStateModel
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(
+    folder: Path, model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+) -> None:
+    """Write into an existing empty folder. Collective; returns when every rank has written."""
+    with cpu.megatron_device():
+        dist_checkpointing.save(_sharded_state(model, optimizer, schedule, is_loading=False), str(folder))
+        dist.barrier()
+
+
+def load(
+    folder: Path, model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+) -> None:
+    """Read what `save` wrote, under this or another layout. Collective.
+
+    Raises ValueError when the folder is not such a checkpoint.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise ValueError(f"{folder}: got no Megatron checkpoint; expected a folder written by `MegatronTrainer.save`")
+    with cpu.megatron_device():
+        state = dist_checkpointing.load(_sharded_state(model, optimizer, schedule, is_loading=True), str(folder))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.num_steps = 0  # its `load_state_dict` adds the stored number of steps
+        schedule.load_state_dict(state["schedule"])
+        dist.barrier()
+
+
+def _sharded_state(
+    model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": model.pg_collection.dp_cp}
+    weights = model.sharded_state_dict(metadata=metadata)
+    with torch.no_grad():
+        states = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": states, "schedule": schedule.state_dict()}

@@ -1,0 +1,232 @@
+"""The student under training: Megatron's model, schedules, data parallelism and optimizer behind `Trainer`.
+
+One step: zero the gradient buffers; Megatron's forward-backward schedule over the replica's rows, with the loss on the
+last pipeline stage (`fused_loss` on hidden states and the output layer's shard); reduce; clip; update.
+
+Normalisation. Every loss component is divided by its own *global* token count before backward, so the gradients of
+micro-batches and of data-parallel replicas are summed, never averaged: `calculate_per_token_loss` tells Megatron's
+schedule and its data parallelism not to divide, and gradients are finalised without a divisor. Replicas may therefore
+have different numbers of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_opd.config import Config
+from nemo_opd.engines.megatron import checkpoint, cpu
+from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
+from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
+from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
+from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
+from nemo_opd.engines.protocols import NamedTensor, Place
+from nemo_opd.types import PackedRow, TrainBatch, TrainStats
+from nemo_opd.vocab.fused import fused_loss
+from nemo_opd.vocab.output import OutputLayer
+from nemo_opd.vocab.shard import VocabShard
+
+if TYPE_CHECKING:
+    from nemo_opd.losses import DistillationLoss, TokenWeight
+
+Sums = Mapping[str, Tensor]
+"""float64 [2] = (sum, count) of each loss component and metric."""
+
+
+class MegatronTrainer:
+    """`nemo_opd.engines.protocols.Trainer` on Megatron-core.
+
+    Args:
+        config: the recipe; `student`, `optimizer`, `train`, `teacher.dtype` and `run.seed` are read.
+        loss: what is minimised at a token.
+        weight: factor on each token; None for 1.
+        total_steps: length of the learning-rate schedule.
+
+    Raises:
+        ConfigError: unsupported checkpoint, a layout that does not divide, an optimizer that could not be resumed.
+    """
+
+    place: Place
+
+    def __init__(
+        self, config: Config, loss: DistillationLoss, weight: TokenWeight | None, total_steps: int
+    ) -> None:
+        init_distributed()
+        distributed = use_distributed(config.optimizer)
+        student = config.student
+        dtype = dtype_of(student.dtype, "student.dtype")
+        self.layout = Layout.of(student, "student")
+        self.place = self.layout.place()
+        self.groups = student_groups(self.layout, config.run.seed)
+        self._config, self._loss, self._weight = config, loss, weight
+        self._teacher_output: OutputLayer | None = None
+        self._names: tuple[str, ...] | None = None
+        self.model, self.architecture = build_model(
+            student.model, student, self.layout, self.groups, dtype, "student", student.vocab_padding_multiple
+        )
+        with cpu.megatron_device():
+            self._ddp = _data_parallel(self.model, distributed, dtype)
+            self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype)
+            self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
+
+    @property
+    def vocab_shard(self) -> VocabShard:
+        """The rows of the output layer that this rank holds. On the loss ranks only."""
+        return self.model.vocab_shard(self.architecture.vocab_size)
+
+    def set_teacher_output(self, folder: str | Path | None) -> None:
+        """Give the loss ranks the output layer of the teacher in `folder`, for losses that need its whole distribution.
+
+        Each reads its own slice, cut like the student's output layer, so that both distributions live on the same ids:
+        rows of ids that only the teacher has are left out. None takes it away. Not collective.
+
+        Raises ConfigError when the student has ids that the teacher has not.
+        """
+        self._teacher_output = None
+        if folder is not None and self.place.computes_loss:
+            shard, dtype = self.vocab_shard, dtype_of(self._config.teacher.dtype, "teacher.dtype")
+            weight = load_output_weight(folder, shard.start, shard.length, shard.vocab_size, dtype)
+            self._teacher_output = OutputLayer(weight.to(cpu.device()), shard)
+
+    def train_step(self, batch: TrainBatch) -> TrainStats:
+        """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
+        with cpu.megatron_device():
+            sums = self._accumulate(batch)
+            self._schedule.step(1)
+            grad_norm, skipped = update(self._optimizer)
+            means = self._global_means(sums)
+        return TrainStats(
+            losses={name: value for name, value in means.items() if name in self._loss.components},
+            metrics={name: value for name, value in means.items() if name not in self._loss.components},
+            grad_norm=grad_norm,
+            learning_rate=float(get_canonical_lr_for_logging(self._optimizer.param_groups) or 0.0),
+            skipped=skipped,
+        )
+
+    def gradients(self, batch: TrainBatch) -> Iterator[NamedTensor]:
+        """The gradient of a batch under Hugging Face names, whole on every rank, without an update. Collective.
+
+        Not for the distributed optimizer, which leaves each replica with a part of the reduced gradient.
+        """
+        with cpu.megatron_device():
+            self._accumulate(batch)
+        yield from export_hf_weights(self.model, self.architecture, tensor_of=lambda p: p.main_grad)
+
+    def export_weights(self) -> Iterator[NamedTensor]:
+        """See `Trainer.export_weights`. Tensors may share memory with the model."""
+        return export_hf_weights(self.model, self.architecture)
+
+    def save(self, folder: Path) -> None:
+        """See `Trainer.save`."""
+        checkpoint.save(folder, self.model, self._optimizer, self._schedule)
+
+    def load(self, folder: Path) -> None:
+        """See `Trainer.load`."""
+        checkpoint.load(folder, self.model, self._optimizer, self._schedule)
+
+    def _accumulate(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Leave the batch's reduced gradient in the buffers; return the replica's sums (none before the last stage)."""
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        forward_backward = get_forward_backward_func()
+        per_row: list[Sums] = forward_backward(
+            forward_step_func=partial(self._forward_step, batch.normalisers),
+            data_iterator=iter(batch.rows),
+            model=[self._ddp],
+            num_microbatches=len(batch.rows),
+            seq_length=1,  # with variable_seq_lengths stages tell each other the shape
+            micro_batch_size=1,
+        )
+        return {name: torch.stack([sums[name] for sums in per_row]).sum(0) for name in (per_row[0] if per_row else ())}
+
+    def _forward_step(
+        self, normalisers: Mapping[str, float], rows: Iterator[PackedRow], model: DistributedDataParallel
+    ) -> tuple[Tensor, Any]:
+        """What Megatron's schedule asks for one micro-batch: the stage's output and, for the last stage, its loss."""
+        row = next(rows)
+        output = model(self.model.inputs(row.input_ids, row.cu_seqlens))
+        return output, partial(self._row_loss, row, normalisers)
+
+    def _row_loss(
+        self, row: PackedRow, normalisers: Mapping[str, float], output: Tensor
+    ) -> tuple[Tensor, Tensor, Sums]:
+        """(loss, token count that nobody divides by, sums), the three-tuple of `calculate_per_token_loss`."""
+        tokens = row.tokens.to(output.device)
+        fused = fused_loss(
+            self._loss,
+            self.model.last_hidden(output).index_select(0, tokens.position),
+            OutputLayer(self.model.output_weight, self.vocab_shard),
+            self._teacher_output,
+            tokens,
+            normalisers,
+            self._weight,
+            self._config.train.loss_chunk_tokens,
+            reduce_hidden=not self.model.config.sequence_parallel,  # otherwise `last_hidden` sums in backward
+        )
+        return fused.loss, torch.zeros((), dtype=torch.int, device=output.device), fused.sums
+
+    def _global_means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over all replicas on every rank; a name without any token is left out (there is no mean of nothing).
+
+        One all-reduce over the last stages, one broadcast down the pipeline.
+        """
+        names = self._sum_names(sums)
+        if self.layout.is_last_stage:
+            totals = torch.stack([sums[name] for name in names]).to(cpu.device())
+            if self.layout.dp > 1:
+                dist.all_reduce(totals, group=self.groups.dp)
+        else:
+            totals = torch.zeros(len(names), 2, dtype=torch.float64, device=cpu.device())
+        if self.layout.pp > 1:
+            dist.broadcast(totals, group=self.groups.pp, group_src=self.layout.pp - 1)
+        return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
+
+    def _sum_names(self, sums: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The names that the loss reports, which only the last stage knows by itself. Communicated once per run."""
+        if self._names is None:
+            text = bytearray(json.dumps(sorted(sums)), "utf-8")
+            size = torch.tensor([len(text)], device=cpu.device())
+            if self.layout.pp > 1:
+                last = self.layout.pp - 1
+                dist.broadcast(size, group=self.groups.pp, group_src=last)
+                letters = torch.zeros(int(size), dtype=torch.uint8, device=cpu.device())
+                if self.layout.is_last_stage:
+                    letters = torch.tensor(list(text), dtype=torch.uint8, device=cpu.device())
+                dist.broadcast(letters, group=self.groups.pp, group_src=last)
+                text = bytearray(letters.tolist())
+            self._names = tuple(json.loads(text.decode()))
+        assert not self.layout.is_last_stage or set(sums) == set(self._names), "a loss reports the same names always"
+        return self._names
+
+
+def _data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype) -> DistributedDataParallel:
+    """Gradients in fp32 (float64 for a float64 model), summed over replicas once at the end of a step."""
+    config = model.config
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=dtype != torch.float64,
+            use_distributed_optimizer=distributed,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
+        ),
+        model,
+    )
+    config.finalize_model_grads_func = _finalize_model_grads
+    return ddp
+
+
+def _finalize_model_grads(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Reduce over replicas, tensor ranks (norms) and tied embeddings; the token count is in the loss already."""
+    megatron_finalize_model_grads(model, None, **kwargs)
