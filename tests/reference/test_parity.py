@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.tiny import tiny_checkpoint, tiny_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -53,7 +53,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _input_ids() -> torch.Tensor:
-    return torch.randint(0, VOCAB, (2, 96), generator=torch.Generator().manual_seed(7))
+    return torch.randint(0, VOCAB, (2, 192), generator=torch.Generator().manual_seed(7))
 
 
 def _pool(request: pytest.FixtureRequest, tp: int, pp: int) -> RankPool:
@@ -75,6 +75,16 @@ def test_logits_equal_transformers_and_the_export_equals_the_source(
         assert expected.std() > 0.2, "logits so flat that anything would agree"
         torch.testing.assert_close(torch.from_numpy(answer), expected, atol=1e-4, rtol=1e-4)
     _assert_same_folder(source, exported)
+
+
+def test_the_tolerance_is_fine_enough_to_see_rope_scaling() -> None:
+    """Without it, or with another factor, logits move by more than the tolerance above."""
+    logits = []
+    for rope in (LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 32.0}, {"rope_type": "default", "rope_theta": 500000.0}):
+        with torch.no_grad():
+            logits.append(tiny_model("llama", vocab_size=VOCAB, rope_parameters=rope)(input_ids=_input_ids()).logits)
+    for other in logits[1:]:
+        assert (logits[0] - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
@@ -177,3 +187,35 @@ def _forward(model: Any, groups: Any) -> Any:
         logits = torch.cat(shards, dim=-1)
     assert logits.shape[-1] == 100 and not logits[:, VOCAB:].any(), "padding rows of the output layer are zero"
     return logits[:, :VOCAB].unflatten(0, (batch, length)).numpy()
+
+
+def test_every_rank_of_every_replica_gets_every_whole_tensor(ranks4: RankPool, checkpoints: Path) -> None:
+    """TP 2 x DP 2 and PP 2 x DP 2, for a quantity derived from the parameters, as gradients are."""
+    for tp, pp in ((2, 1), (1, 2)):
+        for names in ranks4.run(_export_doubled, str(checkpoints / "qwen2-bias-tied"), tp, pp):
+            assert len(names) == 50 and len(set(names)) == 50
+
+
+def _export_doubled(rank: int, source: str, tp: int, pp: int) -> list[str]:
+    from safetensors.torch import load_file
+
+    from nemo_opd.config import LayoutConfig
+    from nemo_opd.engines.megatron import cpu, parallel
+    from nemo_opd.engines.megatron.model import build_model
+    from nemo_opd.engines.megatron.weights import export_hf_weights
+
+    cpu.install()
+    layout = parallel.Layout(tp, pp, 2, rank)
+    groups = parallel.student_groups(layout, seed=0)
+    try:
+        config = LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        model, architecture = build_model(source, config, layout, groups, torch.float32, "student")
+        files = [load_file(path) for path in sorted(Path(source).glob("*.safetensors"))]
+        expected = {name: tensor for tensors in files for name, tensor in tensors.items()}
+        names = []
+        for name, tensor in export_hf_weights(model, architecture, tensor_of=lambda p: 2 * p.detach().double()):
+            assert tensor.dtype == torch.float64 and torch.equal(tensor, 2 * expected[name].double()), name
+            names.append(name)
+        return names
+    finally:
+        parallel.destroy_student_groups()

@@ -288,7 +288,12 @@ class Architecture:
             ConfigError: naming ``{key}.tensor_model_parallel_size`` or ``{key}.pipeline_model_parallel_size``.
         """
         tp, pp, groups = tensor_model_parallel_size, pipeline_model_parallel_size, self.num_query_groups
-        for what, size in (("attention heads", self.num_attention_heads), ("ffn size", self.ffn_hidden_size)):
+        cut = {
+            "attention heads": self.num_attention_heads,
+            "rows of the gate projection": self.ffn_hidden_size,
+            "rows of query, key and value together": self.sizes["query"] + 2 * self.sizes["key_value"],
+        }
+        for what, size in cut.items():
             if size % tp:
                 raise _does_not_divide(f"{key}.tensor_model_parallel_size", tp, f"the model's {size} {what}", size)
         if groups % tp and tp % groups:

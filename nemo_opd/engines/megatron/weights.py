@@ -213,8 +213,10 @@ def _stages_of(
     found = [parts.find(weight) for weight in weights]
     codes = [_NOT_HERE if p is None else _DTYPES.index(tensor_of(p).dtype) for p in found]
     mine = torch.tensor(codes, dtype=torch.int64, device=parts.device)
-    everyone = [torch.empty_like(mine) for _ in range(parts.pp_size)]
-    dist.all_gather(everyone, mine, group=parts.pp_group)
+    everyone = [mine]
+    if parts.pp_size > 1:
+        everyone = [torch.empty_like(mine) for _ in range(parts.pp_size)]
+        dist.all_gather(everyone, mine, group=parts.pp_group)
     answer = []
     for weight, codes_by_stage in zip(weights, torch.stack(everyone, 1).tolist(), strict=True):
         holders = [stage for stage, code in enumerate(codes_by_stage) if code != _NOT_HERE]
