@@ -1,0 +1,234 @@
+"""What a user can get wrong, and the one line that tells what to change: key, got, expected, way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from nemo_opd.cli import main
+from tests.unit.configuration.workspace import make_workspace, write_model
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A way to go wrong and how its message begins, after ``error: ``."""
+
+    name: str
+    message: str
+    words: tuple[str, ...] = ()
+    """``key=value`` words of the command line."""
+    old: str = ""
+    """Text of the recipe that is replaced by `new` (an empty `old`: `new` is put at its end)."""
+    new: str = ""
+    prepare: Callable[[Path], object] = field(default=lambda folder: None)
+
+
+CASES = [
+    # keys
+    Bad("unknown_key", "student.tensor_parallel: got an unknown key; expected a key of `student`; "
+        "did you mean `student.tensor_model_parallel_size`?", ("student.tensor_parallel=2",)),
+    Bad("unknown_key_in_recipe", "train.max_steps (recipe.yaml:12): got an unknown key; expected a key of `train`; "
+        "did you mean `train.steps`?", old="  steps: 10", new="  max_steps: 10"),
+    Bad("key_of_another_section", "train.lr: got an unknown key; expected a key of `train`; did you mean "
+        "`optimizer.lr`?", ("train.lr=1e-5",)),
+    Bad("unknown_section", "optimiser.lr (recipe.yaml:13): got an unknown key; expected a key of the schema; did you "
+        "mean `optimizer.lr`?", new="optimiser: {lr: 1e-5}\n"),
+    Bad("section_as_value", "run: got 5; expected a section with dir, seed; set them one by one, for example "
+        "run.dir=...", ("run=5",)),
+    Bad("empty_section", "run (recipe.yaml:1): got nothing; expected a section with dir, seed; set them one by one, "
+        "for example run.dir=...", old="run: {dir: run}", new="run:"),
+    Bad("value_as_section", "train.steps (recipe.yaml:12): got {}; expected a whole number; change the value",
+        old="  steps: 10", new="  steps: {}"),
+    Bad("missing_key", "train.steps: got nothing; expected a whole number; set train.steps in the recipe or on the "
+        "command line", old="train:\n  steps: 10\n"),
+    Bad("missing_keys", "run.dir: got nothing; expected a text; set run.dir, student.model in the recipe or on the "
+        "command line", old="run: {dir: run}\nstudent:\n  model: student\n"),
+    Bad("mark_of_a_missing_value", "run.dir: got ???; expected a value; write the value itself: recipes have no "
+        "references", ("run.dir=???",)),
+    Bad("no_equals_sign", "command line: got `train.steps`; expected key=value; for example train.steps=50; quote "
+        "spaces", ("train.steps",)),
+    # types
+    Bad("text_for_number", "train.steps: got 'many'; expected a whole number; change the value", ("train.steps=many",)),
+    Bad("fraction_for_count", "train.steps (recipe.yaml:12): got 1.5; expected a whole number; change the value",
+        old="steps: 10", new="steps: 1.5"),
+    Bad("nothing_for_number", "train.steps: got ''; expected a whole number; change the value", ("train.steps=",)),
+    Bad("truth_for_number", "optimizer.lr (recipe.yaml:13): got True; expected a number; change the value",
+        new="optimizer: {lr: true}\n"),
+    Bad("yes_for_true", "train.packing: got 'yes'; expected true or false; change the value", ("train.packing=yes",)),
+    Bad("list_for_text", "data.path (recipe.yaml:7): got ['a.jsonl', 'b.jsonl']; expected a text; change the value",
+        old="train.jsonl", new="[a.jsonl, b.jsonl]"),
+    Bad("null_for_text", "student.model (recipe.yaml:3): got None; expected a text; change the value",
+        old="model: student", new="model:"),
+    Bad("reference", "run.dir: got ${oc.env:HOME}/x; expected a value; write the value itself: recipes have no "
+        "references", ("run.dir=${oc.env:HOME}/x",)),
+    # slots
+    Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, policy_gradient, cross_entropy",
+        ("loss=reverse_kll",)),
+    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of opd, policy_gradient_opd, sft; did "
+        "you mean `sft`?", new="algorithm: sfft\n"),
+    Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
+        ("loss.clip_ratio=0.2",)),
+    # values
+    Bad("unknown_dtype", "student.dtype: got fp16; expected one of bfloat16, float32, float64; choose one of these",
+        ("student.dtype=fp16",)),
+    Bad("zero_steps", "train.steps: got 0; expected at least 1; change the value", ("train.steps=0",)),
+    Bad("top_p_above_one", "rollout.top_p (recipe.yaml:11): got 1.5; expected a value from 1e-06 to 1; change the value",
+        old="train:", new="  top_p: 1.5\ntrain:"),
+    Bad("not_a_number", "optimizer.lr: got nan; expected at least 0; change the value", ("optimizer.lr=.nan",)),
+    Bad("minimum_above_maximum", "optimizer.min_lr: got 0.1; expected at most optimizer.lr (1e-06); lower it",
+        ("optimizer.min_lr=0.1",)),
+    Bad("warmup_longer_than_training", "optimizer.warmup_steps: got 11; expected at most train.steps (10); shorten the "
+        "warm-up or train longer", ("optimizer.warmup_steps=11",)),
+    # sizes that do not divide
+    Bad("heads_by_tensor_parallel", "student.tensor_model_parallel_size: got 3; expected 1 or 2 (divisors of 4 "
+        "attention heads, 2 key-value heads and a feed-forward width of 64); set it to one of these",
+        ("student.tensor_model_parallel_size=3",)),
+    Bad("key_value_heads_by_tensor_parallel", "teacher.tensor_model_parallel_size: got 8; expected 1, 2 or 4 (divisors "
+        "of 8 attention heads, 4 key-value heads and a feed-forward width of 64); set it to one of these",
+        ("teacher.tensor_model_parallel_size=8",)),
+    Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
+        "or 6 (divisors of 6 layers); set it to one of these", old="data:",
+        new="  pipeline_model_parallel_size: 4\ndata:"),
+    Bad("processes_by_layouts", "train.processes: got 4; expected a multiple of 6 (tensor x pipeline parallel: 2 of the "
+        "student and 3 of the teacher); change the number of processes or the layouts",
+        ("train.processes=4", "student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=3")),
+    Bad("vocabulary_padding", "student.vocab_padding_multiple: got 128; expected so small that each of 2 ranks holds "
+        "some of the 96 vocabulary entries; lower it (1 always works)",
+        ("student.vocab_padding_multiple=128", "student.tensor_model_parallel_size=2")),
+    Bad("sequence_parallel_alone", "student.sequence_parallel: got True; expected false with "
+        "tensor_model_parallel_size 1; leave it out, or raise student.tensor_model_parallel_size",
+        ("student.sequence_parallel=true",)),
+    Bad("longer_than_the_model", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 200; expected "
+        "together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
+        ("data.max_prompt_tokens=200",)),
+    # combinations
+    Bad("loss_without_teacher", "teacher.engine: got none; expected an engine, as loss reverse_kl compares with a "
+        "teacher; set teacher.engine=megatron and teacher.model, or choose loss=cross_entropy",
+        ("teacher.engine=none",)),
+    Bad("teacher_without_loss", "teacher.engine: got megatron; expected none, as loss cross_entropy asks no teacher; "
+        "set teacher.engine=none, or choose a loss that learns from the teacher", ("loss=cross_entropy",)),
+    Bad("teacher_without_model", "teacher.model: got nothing; expected a model folder; set teacher.model, or "
+        "teacher.engine=none with loss=cross_entropy", ("teacher.model=null",)),
+    Bad("hf_teacher_split", "teacher.pipeline_model_parallel_size: got 2; expected 1, as the hf engine does not split; "
+        "set both teacher sizes to 1, or teacher.engine=megatron",
+        ("teacher.engine=hf", "teacher.pipeline_model_parallel_size=2")),
+    Bad("samples_of_a_data_set", "rollout.samples_per_prompt: got 4; expected 1, as the data set has one response per "
+        "prompt; set rollout.samples_per_prompt=1, or prefix=student to let the student write",
+        ("algorithm=sft", "rollout.samples_per_prompt=4")),
+    Bad("importance_ratio_of_a_data_set", "loss.name: got policy_gradient; expected a loss that does not ask how "
+        "probable a token was when it was drawn, as the data set wrote it; choose prefix=student, or a loss without an "
+        "importance ratio (loss=reverse_kl)", ("prefix=dataset", "loss=policy_gradient")),
+    Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "
+        "held-out problems, or evaluate.every=0", ("evaluate.every=5",)),
+    Bad("evaluation_without_verifier", "verify.name: got none; expected a verifier, as evaluate.path asks for rewards; "
+        "set verify.name (exact, integer or math), or leave evaluate.path out", ("evaluate.path=train.jsonl",)),
+    Bad("greedy_samples", "evaluate.samples_per_prompt: got 4; expected 1, as greedy samples are all the same; set "
+        "evaluate.samples_per_prompt=1 or evaluate.greedy=false",
+        ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.greedy=true", "evaluate.samples_per_prompt=4")),
+    # files
+    Bad("no_model", "student.model: got no folder nowhere; expected a model folder; give a folder in Hugging Face "
+        "format (`hf download NAME --local-dir DIR` makes one)", ("student.model=nowhere",)),
+    Bad("no_model_configuration", "student.model: got no empty/config.json; expected a model folder in Hugging Face "
+        "format; check the path", ("student.model=empty",), prepare=lambda folder: (folder / "empty").mkdir()),
+    Bad("unsupported_architecture", "student.model: got a model of architecture MambaForCausalLM; expected one of "
+        "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM; choose a model of these families",
+        ("student.model=mamba",), prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
+    Bad("model_with_code", "student.model: got coded with code of its own (auto_map); expected weights and JSON only; "
+        "no code of a model is ever run: convert it to a supported architecture first", ("student.model=coded",),
+        prepare=lambda folder: write_model(folder / "coded", auto_map={"AutoModel": "modeling.Model"})),
+    Bad("model_without_sizes", "student.model: got None as vocab_size in sizeless/config.json; expected a whole number "
+        "from 1; check the model folder", ("student.model=sizeless",),
+        prepare=lambda folder: write_model(folder / "sizeless", vocab_size=None)),
+    Bad("no_data", "data.path (recipe.yaml:7): got no file gone.jsonl; expected a .jsonl or .parquet file, or a saved "
+        "data set; check the path", old="train.jsonl", new="gone.jsonl"),
+    Bad("data_of_another_kind", "data.path: got recipe.yaml; expected a name in .jsonl or .parquet, or a folder; "
+        "convert or rename the file", ("data.path=recipe.yaml",)),
+    Bad("run_folder_is_a_file", "run.dir: got train.jsonl; expected a folder, made when absent; choose another",
+        ("run.dir=train.jsonl",)),
+    # YAML
+    Bad("duplicate_key", "recipe.yaml:14: got `run` a second time; expected each key once (first on line 1); remove one",
+        new="# again\nrun: {seed: 1}\n"),
+    Bad("python_tag", "recipe.yaml:12: got the tag `tag:yaml.org,2002:python/object/apply:os.system`; expected plain "
+        "values; a recipe holds data, no code: remove the tag", old="steps: 10",
+        new="steps: !!python/object/apply:os.system ['touch canary']"),
+    Bad("target", "recipe.yaml:13: got `_target_`; expected data; choose by name (`loss: reverse_kl`); a recipe builds "
+        "no objects", new="loss: {_target_: os.system}\n"),
+    Bad("alias", "recipe.yaml:13: got the anchor or alias `a`; expected plain values; write the value out where it is "
+        "needed", new="optimizer: &a {lr: 1e-5}\n"),
+    Bad("dotted_key", "recipe.yaml:13: got the dotted key `train.steps`; expected nested sections; write "
+        "`train: {steps: ...}`", new="train.steps: 5\n"),
+    Bad("number_as_key", "recipe.yaml:13: got the key `1`; expected a name as key; see recipes/README.md",
+        new="1: one\n"),
+    Bad("broken_yaml", "recipe.yaml:13: got found character '\\t' that cannot start any token; expected YAML; mend this "
+        "line", new="\trun: x\n"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    make_workspace(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
+def test_one_line_tells_what_to_change(bad: Bad, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad.prepare(workspace)
+    recipe = workspace / "recipe.yaml"
+    text = recipe.read_text()
+    assert bad.old in text
+    recipe.write_text(text.replace(bad.old, bad.new) if bad.old else text + bad.new)
+    before = sorted(path.name for path in workspace.rglob("*"))
+
+    code = main(["train", "recipe.yaml", *bad.words])
+
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"error: {bad.message}"), err
+    assert err.count("\n") == 1
+    assert all(part in err for part in (": got ", "; expected ", "; "))
+    assert sorted(path.name for path in workspace.rglob("*")) == before, "a refused recipe leaves nothing behind"
+
+
+def test_the_unbroken_recipe_is_accepted(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe.yaml", "--check"]) == 0
+    assert "pipeline_model_parallel_size: 1" in capsys.readouterr().out
+
+
+def test_missing_recipe(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "gone.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: gone.yaml: got no such file; expected a recipe; check the path, or see recipes/README.md\n"
+    )
+
+
+def test_an_alias_bomb_is_refused_before_it_is_built(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]  # 2^40 items
+    (workspace / "recipe.yaml").write_text("\n".join(lines))
+    assert main(["train", "recipe.yaml"]) == 2
+    assert "recipe.yaml:1: got the anchor or alias `a0`" in capsys.readouterr().err
+
+
+def test_a_deep_nest_is_refused_before_the_parser_recurses(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "recipe.yaml").write_text("run: " + "[" * 100_000)
+    assert main(["train", "recipe.yaml"]) == 2
+    assert "recipe.yaml:1: got more than 16 levels" in capsys.readouterr().err
+
+
+def test_a_huge_file_is_not_read(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "recipe.yaml").write_text("#" * (2 << 20))
+    assert main(["train", "recipe.yaml"]) == 2
+    assert "recipe.yaml: got 2097152 bytes; expected at most 1048576 bytes" in capsys.readouterr().err
+
+
+def test_a_model_configuration_that_is_no_json(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "student" / "config.json").write_text(json.dumps([1]))
+    assert main(["train", "recipe.yaml"]) == 2
+    assert "student/config.json without fields; expected a JSON object" in capsys.readouterr().err
