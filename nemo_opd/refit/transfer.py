@@ -55,7 +55,7 @@ def refit(trainer: Trainer, generator: Generator | None, version: int, processes
     if generator is not None:
         try:
             generator.load_weights(stream, version)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it before it is raised
+        except Exception as error:  # whatever it is, the other ranks must hear of it before it is raised
             if stream.broke:
                 raise
             failure = error

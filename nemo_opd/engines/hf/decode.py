@@ -127,10 +127,15 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def draw(self, version: int) -> list[Finished]:
-        """Draw the next token of every running sequence, written by policy `version`; take out those that end."""
+        """Draw the next token of every running sequence, written by policy `version`; take out those that end.
+
+        Raises: RuntimeError when logits are not finite (their argmax would still name a token).
+        """
         n = self.count
         position = self._position[:n]
         ids, logprobs = draw(self._logits, self._sampling, self._seeds[:n], position)
+        if not bool(logprobs.isfinite().all()):
+            raise RuntimeError(f"generator: got logits that are not finite from policy version {version}; it diverged")
         rows = torch.arange(n, device=self._device)
         self._ids[rows, position] = ids
         self._logprobs[rows, position] = logprobs

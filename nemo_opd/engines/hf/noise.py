@@ -57,15 +57,17 @@ def random_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return _finalise_(keys[:, None] + counters)
 
 
-def uniforms(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """float64 [rows, vocab], uniform on the 2**52 midpoints (i + 1/2) / 2**52.
+def uniform_from_bits(bits: Tensor) -> Tensor:
+    """The upper 52 of 64 random bits as a float64 on the midpoints (i + 1/2) / 2**52.
 
     Midpoints of 52 bits are exact in float64 and never 0 or 1; with 53 bits the largest would round up to 1.
     """
-    bits = random_bits(seeds, positions, vocab_size)
     return torch.bitwise_right_shift(bits, 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).mul_(2.0**-52)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise -log(-log u), float64 [rows, vocab], finite: between about -3.6 and 36.8."""
-    return uniforms(seeds, positions, vocab_size).log_().neg_().log_().neg_()
+    """Standard Gumbel noise -log(-log u), float64 [rows, vocab], finite: between about -3.6 and 36.8.
+
+    The arguments are those of `random_bits`.
+    """
+    return uniform_from_bits(random_bits(seeds, positions, vocab_size)).log_().neg_().log_().neg_()
