@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,18 +77,30 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         stop=stop,
         recorder=build_recorder(config, state) if processes.is_first else None,
         state=state,
+        started_at=state.step,
     )
 
 
-def finish(run: Run) -> None:
-    """After the last step: the student in Hugging Face format, and everything closed. Collective."""
-    if run.config.checkpoint.export_at_end:
-        folder = run.folder / EXPORT_FOLDER
-        save_hf_checkpoint(run.trainer.export_weights(), folder, Path(run.config.student.model))
-        log.info("exported the student to %s", folder)
+def finish(run: Run, done: bool) -> None:
+    """Close everything; after the last step, write the student in Hugging Face format first. Collective."""
+    if done and run.config.checkpoint.export_at_end:
+        export_student(run)
     for part in (run.generator, run.scorer, run.recorder):
         if part is not None:
             part.close()
+
+
+def export_student(run: Run) -> None:
+    """Write `<run>/model`. What stands there is of fewer steps (the run went on), unless this attempt trained none."""
+    folder = run.folder / EXPORT_FOLDER
+    stands = run.processes.any(folder.exists())
+    if stands and run.started_at == run.state.step:
+        return
+    if run.processes.is_first and stands:
+        shutil.rmtree(folder)
+    run.processes.barrier()
+    save_hf_checkpoint(run.trainer.export_weights(), folder, Path(run.config.student.model))
+    log.info("exported the student to %s", folder)
 
 
 def build_generator(config: Config, tokenizer: Tokenizer) -> Generator | None:
@@ -99,7 +112,7 @@ def build_generator(config: Config, tokenizer: Tokenizer) -> Generator | None:
         model,
         eos_ids=eos_token_ids(model, tokenizer),
         decode=decoder(tokenizer),
-        dtype=getattr(torch, config.rollout.dtype),
+        dtype=config.rollout.dtype,
         batch_size=config.rollout.batch_size,
     )
 
@@ -110,7 +123,7 @@ def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer,
         return None
     model = Path(str(config.teacher.model))
     check_same_tokens(tokenizer, load_tokenizer(model, "teacher.model"))
-    scorer = HFScorer(model, config) if config.teacher.engine == "hf" else MegatronScorer(config)
+    scorer = HFScorer(model, dtype=config.teacher.dtype, micro_batch_tokens=config.teacher.micro_batch_tokens) if config.teacher.engine == "hf" else MegatronScorer(config)
     if need is Need.FULL:
         trainer.set_teacher_output(model)
     return scorer

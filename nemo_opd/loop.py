@@ -60,6 +60,8 @@ class Run:
     stop: StopRequest
     recorder: Recorder | None
     state: RunState
+    started_at: int
+    """Steps that were done when this attempt began."""
 
     @property
     def place(self) -> Place:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from nemo_opd.config import Config
@@ -41,9 +42,9 @@ def run(config: Config) -> int:
 
 def _guarded(config: Config, folder: Path, attempt: str, rank: int) -> int:
     try:
-        from nemo_opd import loop  # late: torch, Megatron and NeMo take seconds to import
+        from nemo_opd import session  # late: torch, Megatron and NeMo take seconds to import
 
-        return loop.run(config)
+        return session.run(config)
     except RunLocked as error:  # not our folder: nothing is written into it
         return _say(error)
     except ConfigError as error:
@@ -85,10 +86,22 @@ def write_output_to(path: Path) -> None:
     os.close(descriptor)
 
 
+_KNOWN_WARNINGS = (
+    ".*Transformer Engine and Apex are not installed",  # the CPU path is chosen on purpose
+    "Apex is not installed",
+    ".*dist_checkpointing.load_common_state_dict.*",
+)
+_CHATTY = ("nv_one_logger", "OneLogger", "torch.distributed.elastic.multiprocessing.redirects")
+
+
 def configure_logging() -> None:
-    """Our messages from INFO on and other libraries' warnings, on stderr."""
+    """Our messages from INFO on and other libraries' warnings, on stderr, without those that say nothing new here."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nemo_opd").setLevel(logging.INFO)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _say(error: ConfigError) -> int:

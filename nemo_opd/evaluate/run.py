@@ -38,7 +38,7 @@ class Evaluation:
         rewards = torch.full((len(mine), self.samples_per_prompt), torch.nan, dtype=torch.float64)
         lengths = torch.zeros_like(rewards)
         row = {prompt.index: number for number, prompt in enumerate(mine)}
-        for rollout in generator.generate(self._requests(mine), self.sampling, stop.requested):
+        for rollout in generator.generate(self.requests(mine), self.sampling, stop.requested):
             at = row[rollout.prompt.index], rollout.sample
             rewards[at] = self.verifier(rollout.text, rollout.prompt)
             lengths[at] = len(rollout.response_ids)
@@ -48,7 +48,8 @@ class Evaluation:
         length = torch.cat(processes.gather(lengths.flatten())).mean()
         return summarise(everyone.tolist(), mean_length=float(length))
 
-    def _requests(self, problems: Sequence[Prompt]) -> list[GenerateRequest]:
+    def requests(self, problems: Sequence[Prompt]) -> list[GenerateRequest]:
+        """One request per problem and sample, with the seeds of this evaluation."""
         return [
             GenerateRequest(problem, sample, derive_seed(self.seed, EVALUATION_EPOCH, problem.index, sample))
             for problem in problems

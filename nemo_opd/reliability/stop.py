@@ -17,7 +17,6 @@ from nemo_opd.processes import Processes
 
 log = logging.getLogger(__name__)
 
-ATTEMPT_VARIABLE = "NEMO_OPD_ATTEMPT"
 ANY_ATTEMPT = "any"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE_CHECK_INTERVAL = 0.5  # seconds: the file may be on a network file system, and rollouts ask for every token

@@ -37,8 +37,7 @@ def load(
 
     Raises ValueError when the folder is not such a checkpoint.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise ValueError(f"{folder}: got no Megatron checkpoint; expected a folder written by `MegatronTrainer.save`")
+    _require_checkpoint(folder)
     with cpu.megatron_device():
         state = dist_checkpointing.load(_sharded_state(model, optimizer, schedule, is_loading=True), str(folder))
         model.load_state_dict(state["model"])
@@ -48,10 +47,31 @@ def load(
         dist.barrier()
 
 
+def load_model(folder: Path, model: HiddenStateModel) -> None:
+    """Read the weights alone of what `save` wrote, under this or another layout. Collective.
+
+    Raises ValueError when the folder is not such a checkpoint.
+    """
+    _require_checkpoint(folder)
+    with cpu.megatron_device():
+        weights = model.sharded_state_dict(metadata=_metadata(model))
+        model.load_state_dict(dist_checkpointing.load({"model": weights}, str(folder))["model"])
+        dist.barrier()
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise ValueError(f"{folder}: got no Megatron checkpoint; expected a folder written by `MegatronTrainer.save`")
+
+
+def _metadata(model: HiddenStateModel) -> dict[str, Any]:
+    return {**_METADATA, "dp_cp_group": model.pg_collection.dp_cp}
+
+
 def _sharded_state(
     model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = {**_METADATA, "dp_cp_group": model.pg_collection.dp_cp}
+    metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
     with torch.no_grad():
         states = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)

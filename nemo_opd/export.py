@@ -1,0 +1,60 @@
+"""`nemo-opd export`: a checkpoint of a run, whatever its layout, as a folder in Hugging Face format.
+
+Done by one process: Megatron's distributed checkpoint is read back without any parallelism, weights alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_opd.checkpoint.store import CONFIG_FILE, MODEL_FOLDER, newest_checkpoint, read_state
+from nemo_opd.config import Config, LayoutConfig
+from nemo_opd.configuration.load import load
+from nemo_opd.engines.megatron.checkpoint import load_model
+from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint
+from nemo_opd.engines.megatron.model import build_model, dtype_of
+from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
+from nemo_opd.engines.megatron.weights import export_hf_weights
+from nemo_opd.engines.protocols import NamedTensor
+from nemo_opd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the checkpoint (the newest one of a run) that `args.path` names to `args.out`."""
+    checkpoint = find_checkpoint(args.path)
+    config = load(checkpoint / CONFIG_FILE, args.overrides, checked=False)
+    save_hf_checkpoint(read_weights(checkpoint, config), args.out, Path(config.student.model))
+    log.info("wrote step %d of %s to %s", read_state(checkpoint).step, args.path, args.out)
+    return 0
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run folder.
+
+    Raises:
+        ConfigError: a run without a checkpoint.
+    """
+    if (path / MODEL_FOLDER).is_dir() and (path / CONFIG_FILE).exists() and not (path / "checkpoints").exists():
+        return path
+    newest = newest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise ConfigError(str(path), "a run without a checkpoint", "at least one step-* folder", "train it first")
+    return newest
+
+
+def read_weights(checkpoint: Path, config: Config) -> Iterator[NamedTensor]:
+    """The student's weights of a checkpoint under their Hugging Face names."""
+    init_distributed()
+    layout = Layout(tp=1, pp=1, dp=1, rank=0)
+    groups = student_groups(layout, config.run.seed)
+    student = config.student
+    model, architecture = build_model(
+        student.model, LayoutConfig(), layout, groups, dtype_of(student.dtype, "student.dtype"), "student", 1
+    )
+    load_model(checkpoint / MODEL_FOLDER, model)
+    return export_hf_weights(model, architecture)
