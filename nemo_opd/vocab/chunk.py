@@ -1,0 +1,119 @@
+"""One chunk of tokens on its way through the fused path: what goes in, what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_opd.types import Need, TokenBatch
+from nemo_opd.vocab.collectives import Pending
+from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
+from nemo_opd.vocab.partial import PartialView
+from nemo_opd.vocab.shard import VocabShard
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""By name: detached values [tokens], and bool [tokens] where they count."""
+
+
+@dataclass
+class Chunk:
+    """Logits of both models for some tokens, and all that turns a loss per token into a number."""
+
+    student: Tensor
+    """[tokens, valid columns], float32 or float64. A buffer: whoever computes the loss may overwrite it."""
+    teacher: Tensor | None
+    """The same for a teacher that answered hidden states."""
+    shard: VocabShard
+    tokens: TokenBatch
+    masks: Mapping[str, Tensor]
+    """bool [tokens] per component"""
+    normalisers: Mapping[str, float]
+    objective: Objective
+    weighting: Weighting | None
+    factors: Tensor | None
+    """[tokens] factors that were found for the whole row; None where `weighting` gives them chunk by chunk"""
+    prepared: Tensor | None
+    """[tokens] what `objective.prepare` found for the whole row"""
+    scale: float
+    gradient: bool
+
+    def weights(self, scores: SampledScores) -> tuple[dict[str, Tensor], Metrics]:
+        """For each component the factor of every token's loss (mask x weight), and the weight's metrics."""
+        factors, metrics = self.factors, {}  # type: Tensor | None, Mapping[str, tuple[Tensor, Tensor]]
+        if factors is None and self.weighting is not None:
+            factors, metrics = self.weighting.factors(scores, self.tokens)
+        dtype = self.student.dtype
+        weights = {name: mask.to(dtype) for name, mask in self.masks.items()}
+        if factors is not None:
+            weights = {name: torch.where(mask, factors.to(dtype), 0.0) for name, mask in self.masks.items()}
+        return weights, dict(metrics)
+
+    def constants(self, scores: SampledScores) -> Tensor | None:
+        """What the objective prepares: for the row if it asked for that, otherwise for this chunk."""
+        return self.prepared if self.objective.whole_row else self.objective.prepare(scores, self.tokens)
+
+    def served(self) -> PartialView:
+        """The view of a teacher that answered scores."""
+        tokens = self.tokens
+        return PartialView(
+            self.shard.vocab_size,
+            tokens.ids,
+            tokens.teacher_sampled_logprobs,
+            tokens.teacher_ids,
+            tokens.teacher_id_logprobs,
+            ranked=self.objective.needs.need == Need.TOP_K,
+        )
+
+
+@dataclass
+class ChunkResult:
+    """What remains of a chunk."""
+
+    losses: Mapping[str, Tensor]
+    """Detached [tokens] per component, before weights"""
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    metrics: Metrics
+    dlogits: Tensor | None
+    """[tokens, valid columns]: gradient of ``scale x sum of w l / normaliser`` with respect to the local logits;
+    usually the buffer that held the logits."""
+
+
+Method = Generator[Pending, None, ChunkResult]
+"""How a chunk is computed: a generator that hands out each collective it started before it needs the result, so that
+the caller can do something else meanwhile."""
+
+
+def always_measured(need: Need) -> tuple[str, ...]:
+    """Metrics that every loss reports, by what its teacher answers."""
+    names = ["student_entropy", "importance_ratio"]
+    if need in (Need.SAMPLED, Need.FULL):
+        names.append("sampled_kl")
+    if need == Need.FULL:
+        names += ["kl", "teacher_entropy"]
+    return tuple(names)
+
+
+def standard_metrics(scores: SampledScores, kl: Tensor | None, tokens: TokenBatch) -> Metrics:
+    """The always-on metrics of a chunk: `kl` is KL(p || q) where the whole teacher is known, `sampled_kl` its
+    one-sample estimate log p(y) - log q(y), `importance_ratio` p(y) over the sampler's probability."""
+    everywhere = torch.ones_like(tokens.teacher_valid)
+    drawn = torch.isfinite(tokens.sampler_logprobs)
+    found: Metrics = {
+        "importance_ratio": (
+            torch.where(drawn, (scores.student - tokens.sampler_logprobs).exp(), 0.0),
+            drawn,
+        )
+    }
+    if scores.student_entropy is not None:
+        found["student_entropy"] = (scores.student_entropy, everywhere)
+    if scores.teacher is not None:
+        known = tokens.teacher_valid & torch.isfinite(scores.teacher)
+        found["sampled_kl"] = (torch.where(known, scores.student - scores.teacher, 0.0), known)
+    if kl is not None and scores.teacher_entropy is not None:
+        found["kl"] = (kl, tokens.teacher_valid)
+        found["teacher_entropy"] = (scores.teacher_entropy, tokens.teacher_valid)
+    return found

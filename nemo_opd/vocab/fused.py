@@ -1,0 +1,252 @@
+"""From hidden states to loss and gradients, a chunk of tokens at a time; nothing of size tokens x vocabulary is kept.
+
+For each chunk: local logits of student and teacher, the collectives that make their statistics whole, the loss, and at
+once its gradient with respect to the local logits, from which the gradients of hidden states and output layer follow by
+two matrix products. Then the buffers are used again. Beyond inputs and gradients the memory is two buffers of
+``chunk_tokens x vocabulary / TP`` (one without a teacher; one more under tensor parallelism, see below), independent of
+the number of tokens.
+
+Under tensor parallelism a chunk's statistics travel while the next chunk's student logits are computed, and its hidden
+gradients travel while the following chunks are worked on. Which loss costs how many collectives is said where it is
+computed (`generic`, `divergence`, `reduced`); each adds one all-reduce of the hidden gradient, [chunk, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_opd.types import Need, TokenBatch
+from nemo_opd.vocab import collectives
+from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, always_measured
+from nemo_opd.vocab.generic import generic_chunk
+from nemo_opd.vocab.objective import Objective, Weighting
+from nemo_opd.vocab.output import OutputLayer, WeightGradient, hidden_gradient, logits_into
+
+__all__ = ["FusedLoss", "OutputLayer", "fused_loss"]
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """The loss of one packed row."""
+
+    loss: Tensor
+    """Scalar: sum over components c of ``sum_t w_t l_ct / normalisers[c]``; a differentiable 0 for no tokens."""
+    sums: Mapping[str, Tensor]
+    """Detached float64 [2] = (sum, count) per component (weighted, before its normaliser) and per metric; the same
+    names on every rank, tokens or not."""
+
+
+def fused_loss(
+    loss: Objective,
+    hidden: Tensor,
+    output: OutputLayer,
+    teacher_output: OutputLayer | None,
+    tokens: TokenBatch,
+    normalisers: Mapping[str, float],
+    weight: Weighting | None = None,
+    chunk_tokens: int = 256,
+    gradient: bool = True,
+    grad_scale: float = 1.0,
+    reduce_hidden: bool = True,
+) -> FusedLoss:
+    """Loss and gradients of one packed row, exact under tensor parallelism.
+
+    Args:
+        loss: what is minimised.
+        hidden: [tokens, hidden], the same on every rank of ``output.shard.group``; row i predicts ``tokens.ids[i]``.
+        output: the student's output layer. Its gradient is this rank's shard: added to ``weight.main_grad`` where that
+            exists (`WeightGradient`), returned by autograd otherwise.
+        teacher_output: the teacher's, with the same valid ids on every rank (`reshard_rows` lays it out so); needed
+            when ``loss.needs`` is FULL.
+        tokens: the trained tokens, on the device of `hidden`.
+        normalisers: global token count of each component of the loss.
+        weight: constant factors on tokens; None counts each once.
+        chunk_tokens: tokens whose logits exist at the same time.
+        gradient: False computes the value alone and adds nothing anywhere.
+        grad_scale: what backward will hand to ``FusedLoss.loss`` (a loss scale, for example). Only needed with
+            ``main_grad``, which is filled before backward is called; backward then refuses another one.
+        reduce_hidden: True gives every rank the complete gradient of `hidden`. False leaves each rank its own part of
+            the sum, for a caller whose backward adds them up anyway (the reduce-scatter of sequence parallelism).
+
+    Raises:
+        ValueError: shapes, vocabularies or normalisers that do not fit together.
+    """
+    _check(loss, hidden, output, teacher_output, tokens, normalisers, chunk_tokens)
+    job = _Job(loss, output, teacher_output, tokens, dict(normalisers), weight, chunk_tokens, grad_scale, reduce_hidden)
+    if gradient and torch.is_grad_enabled() and (hidden.requires_grad or output.weight.requires_grad):
+        value = _Fused.apply(hidden, output.weight, job)
+    else:
+        value = job.run(hidden.detach(), None, None)
+    return FusedLoss(value, job.sums)
+
+
+def _check(
+    loss: Objective,
+    hidden: Tensor,
+    output: OutputLayer,
+    teacher_output: OutputLayer | None,
+    tokens: TokenBatch,
+    normalisers: Mapping[str, float],
+    chunk_tokens: int,
+) -> None:
+    if hidden.shape != (len(tokens), output.weight.shape[1]):
+        raise ValueError(
+            f"hidden of shape {tuple(hidden.shape)}; expected [{len(tokens)}, {output.weight.shape[1]}] "
+            f"(trained tokens, width of the output layer)"
+        )
+    if missing := [name for name in loss.components if not normalisers.get(name, 0.0) > 0.0]:
+        raise ValueError(f"normalisers are {dict(normalisers)}; expected a positive number for each of {missing}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
+    if loss.needs.need != Need.FULL:
+        return
+    if teacher_output is None or (len(tokens) and tokens.teacher_hidden is None):
+        raise ValueError(
+            f"{type(loss).__name__} needs the teacher's whole distribution; expected teacher_output and "
+            f"tokens.teacher_hidden; use a teacher that answers hidden states, or a loss on served scores"
+        )
+    if not output.shard.same_columns(teacher_output.shard):
+        raise ValueError(
+            f"student holds ids {output.shard}, teacher {teacher_output.shard}; expected the same valid ids; lay the "
+            f"teacher's output layer out with nemo_opd.vocab.shard.reshard_rows"
+        )
+
+
+class _Fused(torch.autograd.Function):
+    """Gradients are made in forward and handed out in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, job: _Job) -> Tensor:
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        ctx.weight_gradient = WeightGradient(weight, job.output.shard, job.grad_scale) if need_weight else None
+        ctx.dhidden = torch.zeros_like(hidden) if need_hidden else None
+        job.scale = ctx.weight_gradient.scale if ctx.weight_gradient else 1.0
+        ctx.scale = job.scale
+        return job.run(hidden.detach(), ctx.dhidden, ctx.weight_gradient)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        dweight = None if ctx.weight_gradient is None else ctx.weight_gradient.finish(grad_loss)
+        dhidden = None if ctx.dhidden is None else ctx.dhidden * (grad_loss / ctx.scale)
+        ctx.dhidden = None
+        return dhidden, dweight, None
+
+
+@dataclass
+class _Job:
+    """One call of `fused_loss`."""
+
+    loss: Objective
+    output: OutputLayer
+    teacher_output: OutputLayer | None
+    tokens: TokenBatch
+    normalisers: dict[str, float]
+    weight: Weighting | None
+    chunk_tokens: int
+    grad_scale: float
+    reduce_hidden: bool
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        names = [*self.loss.components, *always_measured(self.loss.needs.need), *self.loss.metric_names]
+        names += list(self.weight.metric_names) if self.weight is not None else []
+        device = self.tokens.ids.device
+        self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
+
+    def run(self, hidden: Tensor, dhidden: Tensor | None, dweight: WeightGradient | None) -> Tensor:
+        """Pass over the chunks; fills `dhidden`, `dweight` and `self.sums`; returns the loss."""
+        with torch.no_grad():
+            self._count(self.loss.token_metrics(self.tokens))
+            travelling: list[tuple[slice, collectives.Pending]] = []
+            for part, result in self._results(hidden, gradient=dhidden is not None or dweight is not None):
+                self._tally(result)
+                if result.dlogits is None:
+                    continue
+                if dweight is not None:
+                    dweight.add(result.dlogits, hidden[part])
+                if dhidden is not None:
+                    hidden_gradient(result.dlogits, self.output.rows, dhidden[part])
+                    if self.reduce_hidden:
+                        pending = collectives.start_all_reduce(
+                            dhidden[part], self.output.shard.group, "all_reduce_hidden"
+                        )
+                        travelling.append((part, pending))
+            for _, pending in travelling:
+                pending.wait()
+            value = hidden.new_zeros((), dtype=self.output.logits_dtype)
+            for name in self.loss.components:
+                value += (self.sums[name][0] / self.normalisers[name]).to(value.dtype)
+        return value
+
+    def _results(self, hidden: Tensor, gradient: bool) -> Iterator[tuple[slice, ChunkResult]]:
+        for start in range(0, len(self.tokens), self.chunk_tokens):
+            part = slice(start, min(start + self.chunk_tokens, len(self.tokens)))
+            method = generic_chunk(self._chunk(part, hidden, gradient))
+            yield part, _finish(method)
+
+    def _chunk(self, part: slice, hidden: Tensor, gradient: bool) -> Chunk:
+        tokens = _neutral(self.tokens.select(part))
+        shard, dtype = self.output.shard, self.output.logits_dtype
+        student = torch.empty(len(tokens), shard.valid, dtype=dtype, device=hidden.device)
+        logits_into(student, hidden[part], self.output.rows)
+        teacher = None
+        if self.loss.needs.need == Need.FULL:
+            assert self.teacher_output is not None and tokens.teacher_hidden is not None
+            teacher = torch.empty_like(student)
+            logits_into(teacher, tokens.teacher_hidden, self.teacher_output.rows)
+        return Chunk(
+            student=student,
+            teacher=teacher,
+            shard=shard,
+            tokens=tokens,
+            masks=self.loss.component_masks(self.tokens.select(part)),
+            normalisers=self.normalisers,
+            objective=self.loss,
+            weighting=self.weight,
+            factors=None,
+            prepared=None,
+            scale=self.scale,
+            gradient=gradient,
+        )
+
+    def _count(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (values, where) in metrics.items():
+            self.sums[name][0] += torch.where(where, values, 0.0).sum(dtype=torch.float64)
+            self.sums[name][1] += where.sum()
+
+    def _tally(self, result: ChunkResult) -> None:
+        for name, loss in result.losses.items():
+            # Where, not times: a token that does not count may hold anything.
+            mask = result.masks[name]
+            self.sums[name][0] += torch.where(mask, result.weights[name] * loss, 0.0).sum(dtype=torch.float64)
+            self.sums[name][1] += mask.sum()
+        self._count(result.metrics)
+
+
+def _finish(method: Method) -> ChunkResult:
+    """Run a chunk to its end, waiting for each collective as it comes."""
+    while True:
+        try:
+            next(method)
+        except StopIteration as done:
+            return done.value
+
+
+def _neutral(tokens: TokenBatch) -> TokenBatch:
+    """Tokens without a (finite) teacher score get a harmless payload. They are in no component's mask, so nothing of
+    it is counted; but a NaN times 0 is a NaN."""
+    lost = ~tokens.teacher_valid
+    for served in (tokens.teacher_sampled_logprobs, tokens.teacher_id_logprobs):
+        if served is not None:
+            lost = lost | ~(served.isfinite() if served.ndim == 1 else served.isfinite().all(1))
+    changes = {}
+    for name in ("teacher_hidden", "teacher_sampled_logprobs", "teacher_id_logprobs"):
+        if (payload := getattr(tokens, name)) is not None:
+            changes[name] = payload.masked_fill(lost if payload.ndim == 1 else lost.unsqueeze(1), 0.0)
+    if tokens.teacher_ids is not None:
+        changes["teacher_ids"] = tokens.teacher_ids.masked_fill(lost.unsqueeze(1), 0)
+    return replace(tokens, **changes) if changes else tokens

@@ -1,0 +1,79 @@
+"""What the fused path asks of a loss and of a token weight, and what it tells them.
+
+`nemo_opd.losses` implements these protocols; nothing here knows a loss by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nemo_opd.types import TeacherNeeds, TokenBatch
+from nemo_opd.vocab.view import VocabView
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """What both models say of the written tokens, as constants. What is not known is None, never a number."""
+
+    student: Float[Tensor, " tokens"]
+    """log p, of the trainer (not of the engine that sampled)"""
+    teacher: Float[Tensor, " tokens"] | None = None
+    """log q"""
+    student_entropy: Float[Tensor, " tokens"] | None = None
+    teacher_entropy: Float[Tensor, " tokens"] | None = None
+
+    def select(self, rows: Tensor | slice) -> SampledScores:
+        """The same restricted to some tokens."""
+        return SampledScores(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at each token of a chunk."""
+
+    losses: Mapping[str, Float[Tensor, " tokens"]]
+    """By component, in nats, before weight and normaliser; differentiable with respect to the student's view."""
+    metrics: Mapping[str, tuple[Float[Tensor, " tokens"], Bool[Tensor, " tokens"]]] = field(default_factory=dict)
+    """By name: detached values, and the tokens on which they count."""
+
+
+class Objective(Protocol):
+    """A loss, as `nemo_opd.losses.DistillationLoss` implements it."""
+
+    needs: TeacherNeeds
+    components: tuple[str, ...]
+    metric_names: tuple[str, ...]
+    """Every metric that `evaluate` and `token_metrics` can report, so that a rank without tokens has the same names."""
+    whole_row: bool
+    """Must `prepare` see all the tokens of a row at once (returns, sequence lengths)? Costs one more forward pass
+    through the output layers."""
+
+    def component_masks(self, tokens: TokenBatch) -> dict[str, Tensor]:
+        """bool [tokens] per component: the tokens that it counts."""
+
+    def token_metrics(self, tokens: TokenBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What can be said of a row before any score is computed (missing and zero teacher scores)."""
+
+    def prepare(self, scores: SampledScores, tokens: TokenBatch) -> Tensor | None:
+        """A constant per token, from the scores of a chunk (or of a whole row, if `whole_row`)."""
+
+    def evaluate(
+        self, student: VocabView, teacher: VocabView | None, tokens: TokenBatch, prepared: Tensor | None
+    ) -> Evaluation:
+        """The loss of a chunk."""
+
+
+class Weighting(Protocol):
+    """Constant factors on tokens, as `nemo_opd.losses.TokenWeight` implements it."""
+
+    metric_names: tuple[str, ...]
+    whole_row: bool
+    """Do the factors depend on more than the token itself?"""
+
+    def factors(self, scores: SampledScores, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
+        """Factor [tokens] and metrics (values and the tokens on which they count)."""
