@@ -42,7 +42,7 @@ _Loader.yaml_implicit_resolvers = {}
 _NUMBER = "+-.0123456789"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list(_NUMBER))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list(_NUMBER))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -50,6 +50,9 @@ _Loader.add_implicit_resolver(
     ),
     list(_NUMBER),
 )
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", ""))
+)  # PyYAML's would take a leading 0 for octal
 
 
 def parse_scalar(text: str) -> Any:
