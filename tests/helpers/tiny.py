@@ -50,6 +50,9 @@ def tiny_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 else:
                     parameter.mul_(4.0)  # initialised at 0.02: logits of a random model would be almost flat
+            embedding = model.get_input_embeddings()
+            if embedding.padding_idx is not None:  # zeros there would meet the norm's epsilon and explode its gradient
+                embedding.weight[embedding.padding_idx].normal_(std=0.08)
     return model.to(dtype).eval()
 
 
