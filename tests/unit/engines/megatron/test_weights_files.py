@@ -121,8 +121,10 @@ def test_a_rank_reads_no_more_than_it_holds(sharded: Path, monkeypatch: pytest.M
     padding = architecture.hidden_size  # one row: 37 is padded to 38
     assert sum(read) == sum(parameter.numel() for parameter in model.parameters()) - padding
     output = dict(model.named_parameters())["output_layer.weight"]
-    source = load_file(sharded / json.loads((sharded / INDEX_FILE).read_text())["weight_map"]["lm_head.weight"])
+    source = {name: tensor for path in sharded.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert torch.equal(output[:-1], source["lm_head.weight"][19:]) and not output[-1].any()
+    norm = dict(model.named_parameters())["decoder.layers.0.input_layernorm.weight"]
+    assert torch.equal(norm, source["model.layers.1.input_layernorm.weight"]), "the stage's layer 0 is the model's 1"
     assert not any(parameter.isnan().any() for parameter in model.parameters())
 
 
