@@ -159,7 +159,8 @@ def save_hf_checkpoint(
 
     Every rank exhausts the stream; one of them writes, and holds at most one shard (a shard whose tensors arrive
     between another's is held as well). Written beside `folder` and renamed at the end, so `folder` is there complete or
-    not at all. If writing fails the stream is exhausted first, so that no other rank is left waiting.
+    not at all. If writing fails, the rank that writes raises and the others do not; the stream is exhausted first, so
+    that none is left waiting.
 
     Args:
         named_tensors: every tensor of the architecture once, under its Hugging Face name, all of one dtype.
@@ -173,24 +174,22 @@ def save_hf_checkpoint(
         ConfigError: `folder` holds something, or `source` is not a supported model.
         ValueError: a tensor is missing, unknown, repeated or of another shape.
     """
-    folder, source = Path(folder), Path(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(str(folder), "something that exists", "a new or empty folder", "choose another folder")
-    architecture = read_architecture(source)
     if writes is None:
         writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     stream = iter(named_tensors)
     try:
         if writes:
-            _write_folder(stream, folder, source, architecture, max_shard_bytes)
+            _write_folder(stream, Path(folder), Path(source), max_shard_bytes)
     finally:
         for _ in stream:
             pass
 
 
-def _write_folder(
-    stream: Iterator[tuple[str, Tensor]], folder: Path, source: Path, architecture: Architecture, max_shard_bytes: int
-) -> None:
+def _write_folder(stream: Iterator[tuple[str, Tensor]], folder: Path, source: Path, max_shard_bytes: int) -> None:
+    # Only the rank that writes looks: to a slower replica the finished folder would seem to have been there before.
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(str(folder), "something that exists", "a new or empty folder", "choose another folder")
+    architecture = read_architecture(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
@@ -204,7 +203,7 @@ def _write_folder(
         for path in (*unfinished.iterdir(), unfinished):
             _sync(path)
         if folder.exists():
-            folder.rmdir()  # empty: checked by the caller
+            folder.rmdir()  # empty, as checked above
         unfinished.rename(folder)
         _sync(folder.parent)
     finally:

@@ -317,3 +317,7 @@ def test_ranks_that_do_not_write_exhaust_the_stream(qwen3: Path, tmp_path: Path)
     stream = _stream(qwen3)
     save_hf_checkpoint(stream, tmp_path / "out", qwen3, writes=False)
     assert next(stream, None) is None and not (tmp_path / "out").exists()
+    save_hf_checkpoint(_stream(qwen3), tmp_path / "out", qwen3)
+    late = _stream(qwen3)  # a slower replica finds the folder finished: nothing is wrong with that
+    save_hf_checkpoint(late, tmp_path / "out", qwen3, writes=False)
+    assert next(late, None) is None
