@@ -18,6 +18,9 @@ class _PerToken:
     def component_masks(self, tokens: TokenBatch) -> dict[str, Tensor]:
         return dict.fromkeys(self.components, tokens.teacher_valid)
 
+    def token_metrics(self, tokens: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
     def prepare(self, scores: SampledScores, tokens: TokenBatch) -> Tensor | None:
         return None
 

@@ -4,9 +4,10 @@ Megatron's tensor, pipeline and data parallel code is device-neutral except for 
 ``device="cuda"``, the current device and random state are asked of `torch.cuda`, and its optimizers compare
 ``tensor.type()`` with the names of CUDA types. Here those names are made to mean the CPU:
 
-* `install` replaces, once per process, the functions of `torch.cuda` that Megatron calls;
-* `megatron_device` is entered around every call into Megatron and redirects devices and type names. It is a scope and
-  not a state of the process because it costs about 1.6 microseconds per torch call, which generation would also pay.
+* `install` replaces, once per process, the functions of `torch.cuda` that Megatron calls, and the one factory that its
+  schedules call with ``device="cuda"``. That is all that forward and backward passes need;
+* `megatron_device` is entered around building, clipping and checkpointing and redirects every device and type name. It
+  is a scope and not a state of the process because it costs about 1.6 microseconds per torch call.
 
 Where CUDA is available both do nothing. No arithmetic is changed by either.
 """
@@ -71,8 +72,19 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _TorchOfSchedules:
+    """The `torch` that Megatron's schedules see: its own, but `zeros` may say "cuda"."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, device=_CPU if _is_cuda(device) else device, **kwargs)
+
+
 def megatron_device() -> contextlib.AbstractContextManager[Any]:
-    """Scope of a call into Megatron. Never hold it across a `yield`: the caller's tensors would be redirected too."""
+    """Scope in which all of Megatron may be called. Never hold it across a `yield`: it would reach the caller's code."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
@@ -97,7 +109,9 @@ def install() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = get_rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
+    schedules.torch = _TorchOfSchedules()  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = get_rng_state  # type: ignore[assignment]
     megatron_random._set_cuda_rng_state = set_rng_state  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opd.config import OptimizerConfig
+from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.model import have_transformer_engine
 from nemo_opd.errors import ConfigError
 
@@ -87,9 +88,10 @@ def update(optimizer: MegatronOptimizer) -> tuple[float, bool]:
     Returns:
         The global gradient norm before clipping, and whether the update was left out.
     """
-    found_inf = optimizer.prepare_grads()
-    clip = optimizer.config.clip_grad
-    norm = optimizer.get_grad_norm() if clip == 0 or found_inf else optimizer.clip_grad_norm(clip)
+    with cpu.megatron_device():
+        found_inf = optimizer.prepare_grads()
+        clip = optimizer.config.clip_grad
+        norm = optimizer.get_grad_norm() if clip == 0 or found_inf else optimizer.clip_grad_norm(clip)
     skipped = found_inf or not math.isfinite(norm)
     if not skipped:
         optimizer.step_with_ready_grads()

@@ -115,8 +115,7 @@ class MegatronScorer:
             if not len(request.response_ids) and self.layout.rank in request.consumers:
                 yield self._answer(request, self._empty(needs), needs)
         for window in self._windows(requests):
-            # Nothing is yielded while Megatron's device scope is open.
-            with cpu.megatron_device(), torch.no_grad():
+            with torch.no_grad():  # closed before yielding: it would reach into the caller's code
                 answers = list(self._run_window(window, requests, needs))
             yield from answers
 

@@ -101,11 +101,10 @@ class MegatronTrainer:
 
     def train_step(self, batch: TrainBatch) -> TrainStats:
         """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
-        with cpu.megatron_device():
-            sums = self._accumulate(batch)
-            self._schedule.step(1)
-            grad_norm, skipped = update(self._optimizer)
-            means = self._global_means(sums)
+        sums = self._accumulate(batch)
+        self._schedule.step(1)
+        grad_norm, skipped = update(self._optimizer)
+        means = self._global_means(sums)
         return TrainStats(
             losses={name: value for name, value in means.items() if name in self._loss.components},
             metrics={name: value for name, value in means.items() if name not in self._loss.components},
@@ -119,8 +118,7 @@ class MegatronTrainer:
 
         Not for the distributed optimizer, which leaves each replica with a part of the reduced gradient.
         """
-        with cpu.megatron_device():
-            self._accumulate(batch)
+        self._accumulate(batch)
         yield from export_hf_weights(self.model, self.architecture, tensor_of=lambda p: p.main_grad)
 
     def export_weights(self) -> Iterator[NamedTensor]:
