@@ -35,6 +35,7 @@ class HFScorer:
         dtype: str | torch.dtype = "float32",
         device: torch.device | str | None = None,
         micro_batch_tokens: int = 4096,
+        vocab_size: int | None = None,
         rank: int | None = None,
     ) -> None:
         """
@@ -42,23 +43,31 @@ class HFScorer:
             model: a folder in Hugging Face format, or a model.
             dtype, device: of a model read from a folder; None is this process's GPU, or the CPU where there is none.
             micro_batch_tokens: padded positions of one forward; a longer sequence goes alone.
+            vocab_size: the ids that probabilities are normalised over, 0 .. vocab_size - 1; the student's, where the
+                teacher's vocabulary is padded further than the student's. None: the teacher's own.
             rank: answers are given for requests that name it as consumer; None: this process's rank.
 
-        Raises: ValueError for a folder without a model or an unsupported architecture.
+        Raises: ValueError for a folder without a model, an unsupported architecture or a teacher with fewer ids than
+        `vocab_size`.
         """
         if micro_batch_tokens < 1:
             raise ValueError(f"teacher.micro_batch_tokens: got {micro_batch_tokens}; expected at least 1")
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, dtype, device)
         check_dense(model.config)
+        self._vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
+        if not 1 <= self._vocab_size <= model.config.vocab_size:
+            raise ValueError(
+                f"teacher.model: got {model.config.vocab_size} ids; expected at least the student's {vocab_size}; "
+                "choose a teacher that knows every token of the student"
+            )
         self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
         self._micro_batch_tokens = micro_batch_tokens
         self._rank = Processes.current().rank if rank is None else rank
 
     def output_weight(self) -> Tensor:
         """The output layer, [vocab, hidden] in the model's dtype: what turns `TeacherScores.hidden` into logits."""
-        model = self._open_model()
-        return model.get_output_embeddings().weight.detach()[: model.config.vocab_size]
+        return self._open_model().get_output_embeddings().weight.detach()[: self._vocab_size]
 
     def score(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
         """Answers for the requests that this rank consumes, longest first; see `Scorer.score`.
@@ -67,9 +76,9 @@ class HFScorer:
         context, a k out of range, or `at_ids` that are missing or do not fit the response.
         """
         model = self._open_model()
-        _check_needs(needs, model.config.vocab_size)
+        _check_needs(needs, self._vocab_size)
         for request in requests:
-            _check_request(request, needs, model.config.vocab_size)
+            _check_request(request, needs, self._vocab_size, model.config.vocab_size)
         return self._answers([r for r in requests if self._rank in r.consumers], needs)
 
     def close(self) -> None:
@@ -144,7 +153,7 @@ class HFScorer:
 
     def _chunk(self, hidden: Tensor, given: Tensor | None, rows: slice, k: int) -> tuple[Tensor, Tensor]:
         model = self._open_model()
-        logits = model.get_output_embeddings()(hidden[rows])[:, : model.config.vocab_size]
+        logits = model.get_output_embeddings()(hidden[rows])[:, : self._vocab_size]
         logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
         if given is None:
             top = logprobs.topk(k, dim=-1)
@@ -171,19 +180,21 @@ def _check_needs(needs: TeacherNeeds, vocab_size: int) -> None:
         raise ValueError(f"needs.k: got {needs.k}; expected 1 to the teacher's {vocab_size} ids")
 
 
-def _check_request(request: ScoreRequest, needs: TeacherNeeds, vocab_size: int) -> None:
+def _check_request(request: ScoreRequest, needs: TeacherNeeds, vocab_size: int, known_ids: int) -> None:
+    """Scored ids lie below `vocab_size`; the context may use all ids that the model knows."""
     where = f"score request {request.key}"
     if not request.context_ids:
         raise ValueError(f"{where}: got an empty context; expected at least one token before the response")
-    ids = torch.cat([torch.tensor(request.context_ids), request.response_ids.cpu()])
+    scored = request.response_ids.cpu()
     if needs.need is Need.AT_IDS:
         expected = (len(request.response_ids), needs.k)
         if request.at_ids is None or tuple(request.at_ids.shape) != expected:
             got = None if request.at_ids is None else tuple(request.at_ids.shape)
             raise ValueError(f"{where}: got at_ids of shape {got}; expected {expected}")
-        ids = torch.cat([ids, request.at_ids.cpu().flatten()])
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise ValueError(
-            f"{where}: got ids {int(ids.min())} to {int(ids.max())}; expected ids below the teacher's {vocab_size}; "
-            "student and teacher must share their token ids"
-        )
+        scored = torch.cat([scored, request.at_ids.cpu().flatten()])
+    for ids, limit in ((torch.tensor(request.context_ids), known_ids), (scored, vocab_size)):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= limit):
+            raise ValueError(
+                f"{where}: got ids {int(ids.min())} to {int(ids.max())}; expected ids below the teacher's {limit}; "
+                "student and teacher must share their token ids"
+            )

@@ -87,6 +87,31 @@ def test_log_probabilities(models: tuple[HFScorer, Any], need: Need) -> None:
             torch.testing.assert_close(got.double(), expected.topk(3).values, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("need", [Need.FULL, Need.SAMPLED, Need.AT_IDS, Need.TOP_K])
+def test_a_wider_teacher_is_normalised_over_the_students_ids(need: Need) -> None:
+    scorer = HFScorer(tiny_model(vocab_size=60), vocab_size=VOCAB_SIZE)
+    reference = tiny_model(vocab_size=60).double()
+    for scores in scorer.score(requests(), TeacherNeeds(need, k=3)):
+        request = requests()[scores.key]
+        expected = reference_logprobs(reference, request)[:, :VOCAB_SIZE].log_softmax(-1)
+        if need is Need.FULL:
+            assert scores.hidden is not None
+            got = (scores.hidden @ scorer.output_weight().T).log_softmax(-1).double()
+        elif need is Need.SAMPLED:
+            assert scores.sampled_logprobs is not None
+            got, expected = scores.sampled_logprobs[:, None], expected.gather(-1, request.response_ids[:, None])
+        else:
+            assert scores.ids is not None and scores.id_logprobs is not None
+            assert scores.ids.numel() == 0 or int(scores.ids.max()) < VOCAB_SIZE
+            got, expected = scores.id_logprobs, expected.gather(-1, scores.ids)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-5)
+
+
+def test_a_narrower_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got 48 ids; expected at least the student's 49"):
+        HFScorer(tiny_model(vocab_size=VOCAB_SIZE), vocab_size=49)
+
+
 def test_each_rank_answers_what_it_consumes() -> None:
     model = tiny_model(vocab_size=VOCAB_SIZE)
     shared = [
