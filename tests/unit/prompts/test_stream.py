@@ -63,7 +63,7 @@ def test_the_order_follows_from_seed_and_epoch_and_batches_do_not_matter(data: D
 
 
 def test_the_permutation_is_even(tmp_path: Path, tokenizer) -> None:
-    """Each of 4 records comes first about equally often over 400 seeds (chi-squared, 3 degrees of freedom, p = 1e-4)."""
+    """Each of 4 records comes first about equally often over 400 seeds (chi-squared test, p = 1e-4)."""
     data = DataConfig(path=_write(tmp_path / "d.jsonl", [{"prompt": f"{i}"} for i in range(4)]))
     first = Counter(PromptStream(data, tokenizer, seed).take(1)[0].index for seed in range(400))
     assert sum((first[i] - 100) ** 2 / 100 for i in range(4)) < 21.1
