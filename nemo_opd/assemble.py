@@ -16,6 +16,7 @@ from nemo_opd.config import Config
 from nemo_opd.configuration.load import to_yaml
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
+from nemo_opd.engines.megatron.families import read_architecture
 from nemo_opd.engines.megatron.scorer import MegatronScorer
 from nemo_opd.engines.megatron.trainer import MegatronTrainer
 from nemo_opd.engines.megatron.weights import save_hf_checkpoint
@@ -32,7 +33,7 @@ from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
 from nemo_opd.teacher.contexts import SamePrompt
 from nemo_opd.types import Need, Sampling
-from nemo_opd.verify import Verifier, build_verifier
+from nemo_opd.verify.build import build_verifier
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,12 @@ def export_student(run: Run) -> None:
     log.info("exported the student to %s", folder)
 
 
-def build_generator(config: Config, tokenizer: Tokenizer) -> Generator | None:
-    """The student as a writer; None where nothing is generated (SFT without evaluation)."""
+def build_generator(config: Config, tokenizer: Tokenizer, read_weights: bool = False) -> Generator | None:
+    """The student as a writer; None where nothing is generated (SFT without evaluation).
+
+    Args:
+        read_weights: take the model folder's weights; a run leaves that to its first refit.
+    """
     if config.prefix.name == "dataset" and config.evaluate.path is None:
         return None
     model = Path(config.student.model)
@@ -114,6 +119,7 @@ def build_generator(config: Config, tokenizer: Tokenizer) -> Generator | None:
         decode=decoder(tokenizer),
         dtype=config.rollout.dtype,
         batch_size=config.rollout.batch_size,
+        read_weights=read_weights,
     )
 
 
@@ -123,7 +129,14 @@ def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer,
         return None
     model = Path(str(config.teacher.model))
     check_same_tokens(tokenizer, load_tokenizer(model, "teacher.model"))
-    scorer = HFScorer(model, dtype=config.teacher.dtype, micro_batch_tokens=config.teacher.micro_batch_tokens) if config.teacher.engine == "hf" else MegatronScorer(config)
+    teacher = config.teacher
+    if teacher.engine == "hf":
+        vocab_size = read_architecture(config.student.model).vocab_size
+        scorer: Scorer = HFScorer(
+            model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size
+        )
+    else:
+        scorer = MegatronScorer(config)
     if need is Need.FULL:
         trainer.set_teacher_output(model)
     return scorer

@@ -69,7 +69,7 @@ def configuration(args: argparse.Namespace) -> Config:
 def load_generator(args: argparse.Namespace, config: Config) -> Generator:
     """A generator with the weights of the model folder, or of the checkpoint, in whatever layout it was written."""
     tokenizer = load_tokenizer(config.student.model)
-    generator = build_generator(config, tokenizer)
+    generator = build_generator(config, tokenizer, read_weights=args.kind == "model")
     assert generator is not None
     if args.kind != "model":
         from nemo_opd.checkpoint.store import read_state

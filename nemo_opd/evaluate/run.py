@@ -40,7 +40,8 @@ class Evaluation:
         row = {prompt.index: number for number, prompt in enumerate(mine)}
         for rollout in generator.generate(self.requests(mine), self.sampling, stop.requested):
             at = row[rollout.prompt.index], rollout.sample
-            rewards[at] = self.verifier(rollout.text, rollout.prompt)
+            reward = self.verifier(rollout.text, rollout.prompt)
+            rewards[at] = torch.nan if reward is None else reward
             lengths[at] = len(rollout.response_ids)
         if stop.agreed():
             return None
