@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-KEPT = re.compile(r"(torch|torchvision|torchaudio|triton|pytorch-triton|transformer-engine.*|flash-attn.*|apex|nvidia-.*)")
+KEPT = re.compile(r"(torch|torchvision|torchaudio|(pytorch-)?triton|transformer-engine.*|flash-attn.*|apex|nvidia-.*)")
 """Names (normalised) of packages that are built for one CUDA version."""
 
 

@@ -102,7 +102,7 @@ class SlotConfig:
     needs_teacher: ClassVar[bool] = True
     """Of losses: False where no teacher is asked."""
     needs_sampler_logprobs: ClassVar[bool] = False
-    """Of losses: True where every token must come with the probability that it was drawn with."""
+    """Of losses and weights: True where every token must come with the probability that it was drawn with."""
 
 
 @dataclass
@@ -148,6 +148,18 @@ class PolicyGradientLoss(SlotConfig):
     needs_sampler_logprobs: ClassVar[bool] = True
     clip_ratio: float | None = None
     """PPO clipping of the importance ratio to [1 - c, 1 + c]; None multiplies by the plain ratio."""
+    importance_ratio: str = "sampler"
+    """sampler: p(y) over the probability it was sampled with; none: 1 (for a correction in the weight slot)"""
+    advantage: str = "sampled_reverse_kl"
+    """A number of the sampled token; divergences of whole distributions are refused."""
+    advantage_clip: float | None = None
+    """Bound on the advantage's absolute value, nats."""
+    advantage_floor: float | None = None
+    """REOPOLD's lambda: the advantage is at least log(lambda / (1 - lambda))."""
+    discount: float = 0.0
+    """Discount of the return over later tokens of the response; 0 is the token's own advantage alone."""
+    length_normalised: bool = False
+    """Divide the return by the (discounted) number of its terms."""
 
 
 @dataclass
@@ -159,20 +171,180 @@ class CrossEntropyLoss(SlotConfig):
 
 
 @dataclass
+class ForwardKLLoss(SlotConfig):
+    """KL(q || p) over the full vocabulary."""
+
+    name: str = "forward_kl"
+
+
+@dataclass
+class JSDLoss(SlotConfig):
+    """Generalised Jensen-Shannon divergence over the full vocabulary (GKD, arXiv 2306.13649)."""
+
+    name: str = "jsd"
+    beta: float = 0.5
+    """Share of the teacher in the mixture; 0 is forward KL, 1 is reverse KL."""
+
+
+@dataclass
+class SkewForwardKLLoss(SlotConfig):
+    """KL(q || a q + (1 - a) p) over the full vocabulary (DistiLLM)."""
+
+    name: str = "skew_forward_kl"
+    alpha: float = 0.1
+
+
+@dataclass
+class SkewReverseKLLoss(SlotConfig):
+    """KL(p || (1 - a) q + a p) over the full vocabulary, p constant inside the mixture (DistiLLM-2)."""
+
+    name: str = "skew_reverse_kl"
+    alpha: float = 0.1
+
+
+@dataclass
+class StopGradientLoss(SlotConfig):
+    """Top-k reverse KL, sum over S of p (sg[log p] - log q) (arXiv 2605.11182)."""
+
+    name: str = "stop_gradient"
+    k: int = 20
+    support: str = "student"
+    """Whose k most probable ids: student, teacher, union or intersection"""
+    teacher: str = "full"
+    """full: both models' logits; scores: what a served teacher reports (no union)"""
+
+
+@dataclass
+class TailLoss(SlotConfig):
+    """Top-k with one more bucket for everything else (arXiv 2605.11182)."""
+
+    name: str = "tail"
+    k: int = 20
+    support: str = "student"
+    teacher: str = "full"
+    divergence: str = "reverse"
+    """reverse, forward or jsd"""
+    beta: float = 0.5
+    """Of jsd."""
+
+
+@dataclass
+class RenormalisedLoss(SlotConfig):
+    """Top-k with both distributions renormalised on the support (arXiv 2605.11182)."""
+
+    name: str = "renormalised"
+    k: int = 20
+    support: str = "student"
+    teacher: str = "full"
+    divergence: str = "reverse"
+    beta: float = 0.5
+
+
+@dataclass
+class HeadPlusSampleLoss(SlotConfig):
+    """Top-k reverse KL made unbiased by the sampled token (arXiv 2605.11182)."""
+
+    name: str = "head_plus_sample"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    k: int = 20
+    support: str = "student"
+
+
+@dataclass
+class K2Loss(SlotConfig):
+    """(log p - log q)^2 / 2 of the sampled token: in expectation the gradient of reverse KL."""
+
+    name: str = "k2"
+
+
+@dataclass
 class UnitWeight(SlotConfig):
     """Every trained token counts once."""
 
     name: str = "unit"
 
 
+@dataclass
+class TruncatedImportanceWeight(SlotConfig):
+    """Importance ratio of trainer over sampler, at most `clamp` (truncated importance sampling)."""
+
+    name: str = "tis"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    clamp: float = 2.0
+
+
+@dataclass
+class IcePopWeight(SlotConfig):
+    """Importance ratio of trainer over sampler, 0 outside [low, high]."""
+
+    name: str = "icepop"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    low: float = 0.5
+    high: float = 5.0
+
+
+@dataclass
+class SequenceImportanceWeight(SlotConfig):
+    """Drops responses whose geometric-mean importance ratio is outside [low, high]."""
+
+    name: str = "sequence"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    low: float = 0.5
+    high: float = 2.0
+
+
+@dataclass
+class PrefixWeight(SlotConfig):
+    """1 + gamma (1 - share of the response's |log q - log p| that lies before the token) (arXiv 2606.22600)."""
+
+    name: str = "prefix"
+    gamma: float = 0.5
+
+
 SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
     "prefix": {"student": StudentPrefix, "dataset": DatasetPrefix},
     "stop": {"default": DefaultStop},
     "context": {"same_prompt": SamePromptContext},
-    "loss": {"reverse_kl": ReverseKLLoss, "policy_gradient": PolicyGradientLoss, "cross_entropy": CrossEntropyLoss},
-    "weight": {"unit": UnitWeight},
+    "loss": {
+        "reverse_kl": ReverseKLLoss,
+        "forward_kl": ForwardKLLoss,
+        "jsd": JSDLoss,
+        "skew_forward_kl": SkewForwardKLLoss,
+        "skew_reverse_kl": SkewReverseKLLoss,
+        "stop_gradient": StopGradientLoss,
+        "tail": TailLoss,
+        "renormalised": RenormalisedLoss,
+        "head_plus_sample": HeadPlusSampleLoss,
+        "policy_gradient": PolicyGradientLoss,
+        "k2": K2Loss,
+        "cross_entropy": CrossEntropyLoss,
+    },
+    "weight": {
+        "unit": UnitWeight,
+        "tis": TruncatedImportanceWeight,
+        "icepop": IcePopWeight,
+        "sequence": SequenceImportanceWeight,
+        "prefix": PrefixWeight,
+    },
 }
 """For every slot, its choices by name. `slot=name` on the command line is sugar for `slot.name=name`."""
+
+REFUSED_LOSSES: dict[str, tuple[str, str]] = {
+    "naive": (
+        "a top-k loss whose gradient is that of a divergence; cut down to k ids the plain sum pushes up every token in "
+        "the set, whatever the teacher says",
+        "use stop_gradient, tail, renormalised or head_plus_sample (or reverse_kl, which is exact)",
+    ),
+    "k1": (
+        "a loss with a gradient; that of log p - log q on sampled tokens is zero in expectation",
+        "use policy_gradient or k2, whose expected gradient is that of reverse KL",
+    ),
+    "k3": (
+        "a loss that does what its name says; the gradient of k3 on sampled tokens is that of the forward KL",
+        "use policy_gradient or k2 for reverse KL, forward_kl for forward KL",
+    ),
+}
+"""Names that people will try and that are refused: what was expected instead, and the way out."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from nemo_opd.config import Config, DatasetPrefix, LayoutConfig
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
@@ -26,6 +27,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_malformed": ("error", "skip"),
     "verify.name": ("none", "exact", "integer", "math"),
     "optimizer.decay": ("constant", "linear", "cosine"),
+    "loss.support": ("student", "teacher", "union", "intersection"),
+    "loss.teacher": ("full", "scores"),
+    "loss.divergence": ("reverse", "forward", "jsd"),
+    "loss.importance_ratio": ("sampler", "none"),
 }
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -44,7 +49,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.top_k": (0, math.inf),
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
-    "loss.clip_ratio": (1e-6, 1),
+    "loss.clip_ratio": (1e-6, 1 - 1e-6),
+    "loss.advantage_clip": (1e-6, math.inf),
+    "loss.advantage_floor": (1e-6, 1 - 1e-6),
+    "loss.discount": (0, 1),
+    "loss.k": (1, math.inf),
+    "loss.beta": (0, 1),
+    "loss.alpha": (1e-6, 1 - 1e-6),
+    "weight.clamp": (1e-6, math.inf),
+    "weight.low": (0, math.inf),
+    "weight.high": (1e-6, math.inf),
+    "weight.gamma": (0, math.inf),
     "verify.time_limit": (1e-3, math.inf),
     "optimizer.lr": (0, math.inf),
     "optimizer.min_lr": (0, math.inf),
@@ -69,12 +84,22 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.max_new_tokens": (1, math.inf),
     "observe.rollouts_per_step": (0, math.inf),
 }
-"""Inclusive bounds; a key that the chosen slots do not have, or that is not set, is passed over."""
+"""Inclusive bounds. Here and in CHOICES a key that the chosen slots do not have, or that is null, is passed over."""
 
 
 def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse what cannot work. Reads small files only; raises ConfigError."""
-    for rule in (_choices, _ranges, _teacher, _written_responses, _schedule, _evaluation, _run_folder, _data_files):
+    for rule in (
+        _choices,
+        _ranges,
+        _teacher,
+        _written_responses,
+        _importance,
+        _schedule,
+        _evaluation,
+        _run_folder,
+        _data_files,
+    ):
         rule(config)
     student = read_model_sizes("student.model", Path(config.student.model), convertible=True)
     _layout("student", config.student, student)
@@ -121,18 +146,22 @@ def model_parallel_size(layout: LayoutConfig) -> int:
 
 def _choices(config: Config) -> None:
     for key, choices in CHOICES.items():
-        value = attrgetter(key)(config)
-        if value not in choices:
+        value = _value(config, key)
+        if value is not None and value not in choices:
             raise ConfigError(key, value, f"one of {', '.join(choices)}", "choose one of these")
 
 
 def _ranges(config: Config) -> None:
     for key, (low, high) in RANGES.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name, None)
+        value = _value(config, key)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             expected = f"at least {low:g}" if high == math.inf else f"a value from {low:g} to {high:.12g}"
             raise ConfigError(key, value, expected, "change the value")
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name, None)
 
 
 def _teacher(config: Config) -> None:
@@ -161,10 +190,21 @@ def _written_responses(config: Config) -> None:
         way_out = "set rollout.samples_per_prompt=1, or prefix=student to let the student write"
         got = config.rollout.samples_per_prompt
         raise ConfigError("rollout.samples_per_prompt", got, "1, as the data set has one response per prompt", way_out)
-    if config.loss.needs_sampler_logprobs:
-        way_out = "choose prefix=student, or a loss without an importance ratio (loss=reverse_kl)"
-        expected = "a loss that does not ask how probable a token was when it was drawn, as the data set wrote it"
-        raise ConfigError("loss.name", config.loss.name, expected, way_out)
+    for slot, choice in (("loss", config.loss), ("weight", config.weight)):
+        if choice.needs_sampler_logprobs:
+            way_out = "choose prefix=student, or do without an importance ratio (loss=reverse_kl, weight=unit)"
+            expected = (
+                f"a {slot} that does not ask how probable a token was when it was drawn, as the data set wrote it"
+            )
+            raise ConfigError(f"{slot}.name", choice.name, expected, way_out)
+
+
+def _importance(config: Config) -> None:
+    """The ratio of trainer to sampler is applied by the loss or by the weight, not by both."""
+    ratio = getattr(config.loss, "importance_ratio", "none")
+    if config.weight.needs_sampler_logprobs and ratio != "none":
+        way_out = "set loss.importance_ratio=none, or the ratio is applied twice"
+        raise ConfigError("weight.name", config.weight.name, f"unit with loss.importance_ratio={ratio}", way_out)
 
 
 def _schedule(config: Config) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_opd.algorithms import ALGORITHMS
-from nemo_opd.config import MISSING, SLOTS, Config
+from nemo_opd.config import MISSING, REFUSED_LOSSES, SLOTS, Config
 from nemo_opd.configuration.check import check
 from nemo_opd.configuration.strict_yaml import parse_scalar, read_yaml
 from nemo_opd.errors import ConfigError
@@ -122,6 +122,9 @@ def _default_name(slot: str) -> str:
 
 def _slot_name(slot: str, layers: Sequence[Layer]) -> str:
     chosen = _last(layers, f"{slot}.name", None)
+    if slot == "loss" and chosen.value in REFUSED_LOSSES:
+        expected, way_out = REFUSED_LOSSES[chosen.value]
+        raise ConfigError(_place("loss.name", chosen), chosen.value, expected, way_out)
     if chosen.value not in SLOTS[slot]:
         way_out = _did_you_mean(str(chosen.value), SLOTS[slot]) or "choose one of these"
         raise ConfigError(_place(f"{slot}.name", chosen), chosen.value, f"one of {_list(SLOTS[slot])}", way_out)

@@ -29,11 +29,12 @@ from nemo_opd.reliability.outcome import (
     write_outcome,
 )
 
-DEADLINE = 180  # seconds until a test that waits for a process gives up
+DEADLINE = 90  # seconds until a test that waits for a process gives up
 
 PARENT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
 from nemo_opd.launch import Children, child_environment, conclusion, torchrun_command
 from nemo_opd.reliability.outcome import INTERRUPTED
 folder = Path(sys.argv[1])
@@ -77,6 +78,13 @@ class Parent:
         command = [sys.executable, "-c", PARENT, str(folder)]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()  # a test that failed leaves nothing behind: the kernel tells torchrun, which tells the rest
+        self.process.wait()
+
     def workers(self) -> list[int]:
         """Process ids of the workers and what they started, once both workers are up."""
         files = [self.folder / "pid-0", self.folder / "pid-1"]
@@ -103,7 +111,8 @@ def alive(pid: int) -> bool:
 
 
 def test_two_processes_run_to_their_end(tmp_path: Path) -> None:
-    code, errors = Parent(tmp_path, "finish").end()
+    with Parent(tmp_path, "finish") as parent:
+        code, errors = parent.end()
     assert (code, errors) == (0, ""), "no launcher's chatter on a run that went well"
     assert read_outcome(tmp_path) == Outcome(Status.DONE, 7, "", "this-attempt", 0)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -112,34 +121,34 @@ def test_two_processes_run_to_their_end(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_becomes_a_stop_request(tmp_path: Path) -> None:
-    parent = Parent(tmp_path, "obey")
-    pids = parent.workers()
-    parent.process.send_signal(signal.SIGINT)
-    code, errors = parent.end()
+    with Parent(tmp_path, "obey") as parent:
+        pids = parent.workers()
+        parent.process.send_signal(signal.SIGINT)
+        code, errors = parent.end()
     assert code == EXIT_CODES[Status.PREEMPTED]
     assert "stopping after this step, with a checkpoint" in errors
     assert not any(alive(pid) for pid in pids)
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
-    parent = Parent(tmp_path, "deaf")
-    pids = parent.workers()
-    assert len(pids) == 4
-    parent.process.send_signal(signal.SIGINT)
-    wait_until((tmp_path / "control" / "stop").exists)
-    assert all(alive(pid) for pid in pids)
-    parent.process.send_signal(signal.SIGINT)
-    code, _ = parent.end()
+    with Parent(tmp_path, "deaf") as parent:
+        pids = parent.workers()
+        assert len(pids) == 4
+        parent.process.send_signal(signal.SIGINT)
+        wait_until((tmp_path / "control" / "stop").exists)
+        assert all(alive(pid) for pid in pids)
+        parent.process.send_signal(signal.SIGINT)
+        code, _ = parent.end()
     assert code == INTERRUPTED
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_a_killed_torchrun_takes_its_workers_along(tmp_path: Path) -> None:
-    parent = Parent(tmp_path, "obey")
-    pids = parent.workers()
-    torchrun = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(torchrun, signal.SIGKILL)
-    code, errors = parent.end()
+    with Parent(tmp_path, "obey") as parent:
+        pids = parent.workers()
+        torchrun = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(torchrun, signal.SIGKILL)
+        code, errors = parent.end()
     assert code == EXIT_CODES[Status.FAILED]
     assert "ended (status -9) without an outcome" in errors
     wait_until(lambda: not any(alive(pid) for pid in pids))

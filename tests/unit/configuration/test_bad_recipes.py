@@ -66,8 +66,9 @@ CASES = [
     Bad("reference", "run.dir: got ${oc.env:HOME}/x; expected a value; write the value itself: recipes have no "
         "references", ("run.dir=${oc.env:HOME}/x",)),
     # slots
-    Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, policy_gradient, cross_entropy",
-        ("loss=reverse_kll",)),
+    Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, ", ("loss=reverse_kll",)),
+    Bad("refused_loss", "loss.name: got k1; expected a loss with a gradient; that of log p - log q on sampled tokens "
+        "is zero in expectation; use policy_gradient or k2", ("loss=k1",)),
     Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of opd, policy_gradient_opd, sft; did "
         "you mean `sft`?", new="algorithm: sfft\n"),
     Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
@@ -76,8 +77,8 @@ CASES = [
     Bad("unknown_dtype", "student.dtype: got fp16; expected one of bfloat16, float32, float64; choose one of these",
         ("student.dtype=fp16",)),
     Bad("zero_steps", "train.steps: got 0; expected at least 1; change the value", ("train.steps=0",)),
-    Bad("top_p_above_one", "rollout.top_p (recipe.yaml:11): got 1.5; expected a value from 1e-06 to 1; change the value",
-        old="train:", new="  top_p: 1.5\ntrain:"),
+    Bad("top_p_above_one", "rollout.top_p (recipe.yaml:11): got 1.5; expected a value from 1e-06 to 1; change the "
+        "value", old="train:", new="  top_p: 1.5\ntrain:"),
     Bad("not_a_number", "optimizer.lr: got nan; expected at least 0; change the value", ("optimizer.lr=.nan",)),
     Bad("minimum_above_maximum", "optimizer.min_lr: got 0.1; expected at most optimizer.lr (1e-06); lower it",
         ("optimizer.min_lr=0.1",)),
@@ -93,8 +94,8 @@ CASES = [
     Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
         "or 6 (divisors of 6 layers); set it to one of these", old="data:",
         new="  pipeline_model_parallel_size: 4\ndata:"),
-    Bad("processes_by_layouts", "train.processes: got 4; expected a multiple of 6 (tensor x pipeline parallel: 2 of the "
-        "student and 3 of the teacher); change the number of processes or the layouts",
+    Bad("processes_by_layouts", "train.processes: got 4; expected a multiple of 6 (tensor x pipeline parallel: 2 of "
+        "the student and 3 of the teacher); change the number of processes or the layouts",
         ("train.processes=4", "student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=3")),
     Bad("vocabulary_padding", "student.vocab_padding_multiple: got 128; expected so small that each of 2 ranks holds "
         "some of the 96 vocabulary entries; lower it (1 always works)",
@@ -102,8 +103,8 @@ CASES = [
     Bad("sequence_parallel_alone", "student.sequence_parallel: got True; expected false with "
         "tensor_model_parallel_size 1; leave it out, or raise student.tensor_model_parallel_size",
         ("student.sequence_parallel=true",)),
-    Bad("longer_than_the_model", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 200; expected "
-        "together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
+    Bad("longer_than_the_model", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 200; "
+        "expected together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
         ("data.max_prompt_tokens=200",)),
     # combinations
     Bad("loss_without_teacher", "teacher.engine: got none; expected an engine, as loss reverse_kl compares with a "
@@ -120,8 +121,12 @@ CASES = [
         "prompt; set rollout.samples_per_prompt=1, or prefix=student to let the student write",
         ("algorithm=sft", "rollout.samples_per_prompt=4")),
     Bad("importance_ratio_of_a_data_set", "loss.name: got policy_gradient; expected a loss that does not ask how "
-        "probable a token was when it was drawn, as the data set wrote it; choose prefix=student, or a loss without an "
-        "importance ratio (loss=reverse_kl)", ("prefix=dataset", "loss=policy_gradient")),
+        "probable a token was when it was drawn, as the data set wrote it; choose prefix=student, or do without an "
+        "importance ratio (loss=reverse_kl, weight=unit)", ("prefix=dataset", "loss=policy_gradient")),
+    Bad("importance_ratio_twice", "weight.name: got tis; expected unit with loss.importance_ratio=sampler; set "
+        "loss.importance_ratio=none, or the ratio is applied twice", ("loss=policy_gradient", "weight=tis")),
+    Bad("mixture_out_of_range", "loss.beta: got 1.5; expected a value from 0 to 1; change the value",
+        ("loss=jsd", "loss.beta=1.5")),
     Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "
         "held-out problems, or evaluate.every=0", ("evaluate.every=5",)),
     Bad("evaluation_without_verifier", "verify.name: got none; expected a verifier, as evaluate.path asks for rewards; "
@@ -136,7 +141,8 @@ CASES = [
         "format; check the path", ("student.model=empty",), prepare=lambda folder: (folder / "empty").mkdir()),
     Bad("unsupported_architecture", "student.model: got a model of architecture MambaForCausalLM; expected one of "
         "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM; choose a model of these families",
-        ("student.model=mamba",), prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
+        ("student.model=mamba",),
+        prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
     Bad("model_with_code", "student.model: got coded with code of its own (auto_map); expected weights and JSON only; "
         "no code of a model is ever run: convert it to a supported architecture first", ("student.model=coded",),
         prepare=lambda folder: write_model(folder / "coded", auto_map={"AutoModel": "modeling.Model"})),
@@ -150,8 +156,8 @@ CASES = [
     Bad("run_folder_is_a_file", "run.dir: got train.jsonl; expected a folder, made when absent; choose another",
         ("run.dir=train.jsonl",)),
     # YAML
-    Bad("duplicate_key", "recipe.yaml:14: got `run` a second time; expected each key once (first on line 1); remove one",
-        new="# again\nrun: {seed: 1}\n"),
+    Bad("duplicate_key", "recipe.yaml:14: got `run` a second time; expected each key once (first on line 1); remove "
+        "one", new="# again\nrun: {seed: 1}\n"),
     Bad("python_tag", "recipe.yaml:12: got the tag `tag:yaml.org,2002:python/object/apply:os.system`; expected plain "
         "values; a recipe holds data, no code: remove the tag", old="steps: 10",
         new="steps: !!python/object/apply:os.system ['touch canary']"),
@@ -163,8 +169,8 @@ CASES = [
         "`train: {steps: ...}`", new="train.steps: 5\n"),
     Bad("number_as_key", "recipe.yaml:13: got the key `1`; expected a name as key; see recipes/README.md",
         new="1: one\n"),
-    Bad("broken_yaml", "recipe.yaml:13: got found character '\\t' that cannot start any token; expected YAML; mend this "
-        "line", new="\trun: x\n"),
+    Bad("broken_yaml", "recipe.yaml:13: got found character '\\t' that cannot start any token; expected YAML; mend "
+        "this line", new="\trun: x\n"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,84 @@
+"""Files around the package: what is pinned, what is required, what the image may not replace."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def dockerfile() -> list[str]:
+    """The instructions of the Dockerfile, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_base_image_and_its_digest_have_to_be_named() -> None:
+    assert dockerfile()[:3] == ["ARG BASE_IMAGE", "ARG BASE_DIGEST", "FROM ${BASE_IMAGE}@${BASE_DIGEST}"]
+
+
+def test_the_image_runs_as_somebody_without_rights() -> None:
+    users = [line.split()[1] for line in dockerfile() if line.startswith("USER ")]
+    assert users == ["opd"]
+    assert any("useradd --create-home --uid 10001 opd" in line for line in dockerfile())
+
+
+def test_every_installation_in_the_image_keeps_its_torch() -> None:
+    commands = [part for line in dockerfile() for part in line.split("&&") if "pip install" in part]
+    assert len(commands) == 2
+    assert all("--constraint /tmp/constraints.txt" in part or "--no-deps" in part for part in commands)
+
+
+def test_what_the_image_installs_is_what_the_project_requires_without_torch() -> None:
+    specification = importlib.util.spec_from_file_location("image_packages", ROOT / "docker" / "image_packages.py")
+    assert specification is not None
+    assert specification.loader is not None
+    image_packages = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(image_packages)
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    remaining = image_packages.requirements(ROOT / "pyproject.toml")
+    assert set(ours) - set(remaining) == {next(line for line in ours if line.startswith("torch=="))}
+    assert any(line.startswith("torch==") for line in image_packages.constraints())
+
+
+def test_every_requirement_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    loose = [line for line in project["dependencies"] if not re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", line)]
+    assert loose == []
+
+
+def test_the_context_of_the_image_holds_what_it_copies_and_no_more() -> None:
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignore[0] == "*"
+    copied = {word for line in dockerfile() if line.startswith("COPY ") for word in line.split()[1:-1]}
+    assert {line[1:] for line in ignore if line.startswith("!")} == copied
+
+
+@pytest.mark.parametrize("script", [".ci/run", "slurm/opd.sh"])
+def test_scripts_can_be_run(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
+
+
+def test_make_does_the_set_up_only_once(tmp_path: Path) -> None:
+    """Dry runs in a copy: without a stamp `make run` installs, with one it goes straight to the quickstart."""
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+
+    def planned() -> str:
+        command = ["make", "--dry-run", "--no-print-directory", "run", "PYTHON=python3.11"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    torch = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if '"torch==' in line).strip(' ",')
+    first = planned()
+    assert first.index("python3.11 -m venv .venv") < first.index(f'install "{torch}"') < first.index('".[cpu,dev]"')
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed-cpu-dev").touch()
+    assert planned() == ".venv/bin/python -m nemo_opd.quickstart\n"
