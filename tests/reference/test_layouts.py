@@ -1,0 +1,173 @@
+"""The layout changes where numbers are computed, not the numbers: same losses, same gradients, packed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_opd.config import Config
+from tests.helpers.megatron import random_hidden, random_rollouts, recipe, replica_batch
+from tests.helpers.objectives import ReverseKLAndEvenCrossEntropy
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_checkpoint
+
+STEPS = 20
+VOCAB = 91  # odd: the last tensor-parallel shard is uneven
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("layouts")
+    return {
+        "untied": tiny_checkpoint(root / "untied", "qwen3", vocab_size=VOCAB),
+        "tied": tiny_checkpoint(root / "tied", "qwen2", vocab_size=VOCAB, tie_word_embeddings=True),
+        "teacher": tiny_checkpoint(root / "teacher", "llama", vocab_size=VOCAB + 6, seed=5),
+    }
+
+
+def trainer_for(config: Config) -> Any:
+    from nemo_opd.engines.megatron.parallel import destroy_student_groups
+    from nemo_opd.engines.megatron.trainer import MegatronTrainer
+
+    destroy_student_groups()  # of an earlier test in this process
+    trainer = MegatronTrainer(config, ReverseKLAndEvenCrossEntropy(), None, STEPS)
+    trainer.set_teacher_output(config.teacher.model)
+    return trainer
+
+
+def batch_for(config: Config, place: Any, step: int, count: int = 6) -> Any:
+    dtype = getattr(torch, config.student.dtype)
+    rollouts = random_rollouts(step, count, VOCAB)
+    scores = random_hidden(rollouts, step, HIDDEN, dtype)
+    return replica_batch(
+        rollouts,
+        scores,
+        ReverseKLAndEvenCrossEntropy(),
+        place.data_parallel_rank,
+        place.data_parallel_size,
+        config.train.micro_batch_tokens,
+        config.train.packing,
+    )
+
+
+def curve(rank: int, config: Config) -> list[tuple[float, float, float]]:
+    """(kl, even, gradient norm) of every step."""
+    trainer = trainer_for(config)
+    answer = []
+    for step in range(STEPS):
+        stats = trainer.train_step(batch_for(config, trainer.place, step % 4))
+        assert not stats.skipped
+        answer.append((stats.losses["kl"], stats.losses["even"], stats.grad_norm))
+    return answer
+
+
+def gradients(rank: int, config: Config, step: int = 0, count: int = 6) -> dict[str, Any] | None:
+    """The gradient of one batch by Hugging Face name, from rank 0."""
+    trainer = trainer_for(config)
+    found = {
+        name: gradient.clone().numpy()
+        for name, gradient in trainer.gradients(batch_for(config, trainer.place, step, count))
+    }
+    return found if rank == 0 else None
+
+
+TP2 = {"student__tensor_model_parallel_size": 2}
+PP2 = {"student__pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, TP2),
+    "tp2 sequence parallel": (2, {**TP2, "student__sequence_parallel": True}),
+    "pp2": (2, PP2),
+    "dp2": (2, {}),
+    "tp2 x pp2": (4, {**TP2, **PP2}),
+    "tp2 x pp2 sequence parallel": (4, {**TP2, **PP2, "student__sequence_parallel": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
+    return {1: ranks1, 2: ranks2, 4: ranks4}
+
+
+def fp32(folders: dict[str, Path], student: str, **settings: Any) -> Config:
+    return recipe(folders[student], folders["teacher"], train__micro_batch_tokens=64, **settings)
+
+
+def fp64(folders: dict[str, Path], student: str, **settings: Any) -> Config:
+    return fp32(folders, student, student__dtype="float64", teacher__dtype="float64", **settings)
+
+
+@pytest.fixture(scope="module")
+def one_process_curves(folders: dict[str, Path], ranks1: RankPool) -> dict[str, Any]:
+    return {student: ranks1.run(curve, fp32(folders, student))[0] for student in ("untied", "tied")}
+
+
+@pytest.mark.parametrize("student", ["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_curves_are_equal_step_by_step(
+    folders: dict[str, Path], pools: dict[int, RankPool], one_process_curves: dict[str, Any], layout: str, student: str
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    curves = pools[world_size].run(curve, fp32(folders, student, **settings))
+    assert all(other == curves[0] for other in curves), "statistics are equal on every rank"
+    expected = np.array(one_process_curves[student])
+    assert expected[0, 1] - expected[-4, 1] > 0.1, "the run learns its four batches"
+    np.testing.assert_allclose(np.array(curves[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_process_gradients(folders: dict[str, Path], ranks1: RankPool) -> dict[str, Any]:
+    return {student: ranks1.run(gradients, fp64(folders, student))[0] for student in ("untied", "tied")}
+
+
+def same_gradients(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.dtype == np.float64 and np.abs(gradient).max() > 0, name
+        error = np.abs(got[name] - gradient).max() / np.abs(gradient).max()
+        assert error < 1e-10, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("student", ["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_equal(
+    folders: dict[str, Path],
+    pools: dict[int, RankPool],
+    one_process_gradients: dict[str, Any],
+    layout: str,
+    student: str,
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    got = pools[world_size].run(gradients, fp64(folders, student, **settings))[0]
+    same_gradients(got, one_process_gradients[student])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train__packing": False},
+        {"train__micro_batch_tokens": 1000},
+        {"train__loss_chunk_tokens": 7},
+        {"student__vocab_padding_multiple": 64},
+    ],
+    ids=["one sequence a row", "one row", "small chunks", "padded vocabulary"],
+)
+def test_packing_micro_batches_and_padding_change_nothing(
+    folders: dict[str, Path], ranks1: RankPool, one_process_gradients: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    config = fp64(folders, "untied")
+    for key, value in settings.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    same_gradients(ranks1.run(gradients, config)[0], one_process_gradients["untied"])
+
+
+def test_a_replica_without_work_changes_nothing(
+    folders: dict[str, Path], ranks1: RankPool, ranks2: RankPool
+) -> None:
+    config = fp64(folders, "untied")
+    same_gradients(ranks2.run(gradients, config, 3, 1)[0], ranks1.run(gradients, config, 3, 1)[0])
