@@ -5,9 +5,21 @@
 
 from __future__ import annotations
 
-from nemo_opd.losses import cross_entropy, full_vocabulary, policy_gradient  # noqa: F401 - they register themselves
+from nemo_opd.losses import (  # noqa: F401 - they register themselves
+    cross_entropy,
+    forward_kl,
+    head_plus_sample,
+    jsd,
+    k2,
+    policy_gradient,
+    renormalised,
+    reverse_kl,
+    skew_kl,
+    stop_gradient,
+    tail,
+)
 from nemo_opd.losses.base import DistillationLoss, DistributionLoss, SampledTokenLoss
-from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight
+from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight, check_pair
 from nemo_opd.losses.weights import TokenWeight
 
 __all__ = [
@@ -19,4 +31,5 @@ __all__ = [
     "TokenWeight",
     "build_loss",
     "build_weight",
+    "check_pair",
 ]

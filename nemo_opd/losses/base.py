@@ -28,9 +28,10 @@ from torch import Tensor
 
 from nemo_opd.types import Author, Need, TeacherNeeds, TokenBatch
 from nemo_opd.vocab.logits import LogitsView
-from nemo_opd.vocab.objective import Evaluation, SampledScores
+from nemo_opd.vocab.objective import Evaluation, FullDivergence, SampledScores
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.shard import VocabShard
+from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support
 from nemo_opd.vocab.view import VocabView
 
 
@@ -48,6 +49,10 @@ class DistillationLoss(Loss):
     """Are loss *and gradient* 0 where student and teacher agree?"""
     whole_row: bool = False
     """Must `prepare` see a row at once? Costs one more forward pass through the output layers."""
+    divergence: FullDivergence | None = None
+    """The hand-written backward that computes this loss, if it is a divergence over the whole vocabulary."""
+    few: FewNumbers | None = None
+    """What it looks at, if it is a loss of a few log-probabilities per token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +104,17 @@ class DistillationLoss(Loss):
         self, student: VocabView, teacher: VocabView | None, tokens: TokenBatch, prepared: Tensor | None
     ) -> Evaluation:
         """The loss of a chunk: what the fused path calls."""
+
+    def evaluate_few(
+        self,
+        student: FewLogProbs,
+        teacher: FewLogProbs | None,
+        support: Support | None,
+        tokens: TokenBatch,
+        prepared: Tensor | None,
+    ) -> Evaluation:
+        """The loss of a chunk from a few numbers per token; for losses that set `few`."""
+        raise NotImplementedError(f"{type(self).__name__} is not a loss of a few log-probabilities")
 
     def on_shard(self, shard: VocabShard | None) -> DistillationLoss:
         """Say which columns of the vocabulary the ports' logits are (for calls as a module); returns itself."""
@@ -216,6 +232,8 @@ class DistributionLoss(DistillationLoss):
 class SampledTokenLoss(DistillationLoss):
     """A loss of the log-probability of the written token alone."""
 
+    few = FewNumbers()
+
     @abstractmethod
     def sampled_losses(self, logprobs: Tensor, tokens: TokenBatch, prepared: Tensor | None) -> dict[str, Tensor]:
         """By component, the loss [tokens] of the student's log p(y) [tokens] (differentiable) and of what `prepare`
@@ -225,6 +243,17 @@ class SampledTokenLoss(DistillationLoss):
         self, student: VocabView, teacher: VocabView | None, tokens: TokenBatch, prepared: Tensor | None
     ) -> Evaluation:
         return Evaluation(self.sampled_losses(student.logprob(tokens.ids), tokens, prepared))
+
+    def evaluate_few(
+        self,
+        student: FewLogProbs,
+        teacher: FewLogProbs | None,
+        support: Support | None,
+        tokens: TokenBatch,
+        prepared: Tensor | None,
+    ) -> Evaluation:
+        assert student.written is not None
+        return Evaluation(self.sampled_losses(student.written, tokens, prepared))
 
 
 def finite_scores(tokens: TokenBatch) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_opd.errors import ConfigError
+from nemo_opd.losses.advantage import Advantage, as_advantage, shape_advantage
 from nemo_opd.losses.base import SampledTokenLoss
 from nemo_opd.losses.registry import register_loss
 from nemo_opd.types import Need, TeacherNeeds, TokenBatch
@@ -20,31 +21,91 @@ class PolicyGradient(SampledTokenLoss):
     the sampler's: noise of the sampler there biases the gradient even under exact ratios. With `clip_ratio` c the loss
     is PPO's ``-min(w A, clip(w, 1 - c, 1 + c) A)`` (Schulman et al., arXiv 1707.06347, eq. 7). Tokens that the sampler
     did not draw (no `sampler_logprobs`) have no ratio and are not counted.
+
+    Args:
+        clip_ratio: c above; None multiplies by the plain ratio.
+        importance_ratio: `sampler` as above, or `none`: w is 1 and its gradient grad log p(y), for use with an
+            importance correction in the weight slot (which would otherwise be applied twice).
+        advantage: name of an `Advantage`; a divergence of distributions is refused.
+        advantage_clip, advantage_floor, discount, length_normalised: see `shape_advantage`.
     """
 
     needs = TeacherNeeds(Need.SAMPLED)
 
-    def __init__(self, clip_ratio: float | None = None) -> None:
+    def __init__(
+        self,
+        clip_ratio: float | None = None,
+        importance_ratio: str = "sampler",
+        advantage: str | Advantage = "sampled_reverse_kl",
+        advantage_clip: float | None = None,
+        advantage_floor: float | None = None,
+        discount: float = 0.0,
+        length_normalised: bool = False,
+    ) -> None:
         super().__init__()
-        if clip_ratio is not None and not 0.0 < clip_ratio < 1.0:
-            raise ConfigError(
-                "loss.clip_ratio", clip_ratio, "a number between 0 and 1, or null", "0.2 is PPO's; null never clips"
-            )
-        self.clip_ratio = clip_ratio
+        _check(clip_ratio, importance_ratio, advantage_clip, advantage_floor, discount, length_normalised)
+        self.advantage = as_advantage(advantage)
+        self.clip_ratio, self.importance_ratio = clip_ratio, importance_ratio
+        self.advantage_clip, self.advantage_floor = advantage_clip, advantage_floor
+        self.discount, self.length_normalised = discount, length_normalised
+        self.whole_row = discount > 0.0
 
     def counted(self, tokens: TokenBatch) -> Tensor:
         return super().counted(tokens) & tokens.sampler_logprobs.isfinite()
 
     def prepare(self, scores: SampledScores, tokens: TokenBatch) -> Tensor:
-        assert scores.teacher is not None
-        return scores.teacher - scores.student
+        return shape_advantage(
+            self.advantage.values(scores, tokens),
+            self.counted(tokens),
+            tokens,
+            self.advantage_clip,
+            self.advantage_floor,
+            self.discount,
+            self.length_normalised,
+        )
 
     def sampled_losses(self, logprobs: Tensor, tokens: TokenBatch, prepared: Tensor | None) -> dict[str, Tensor]:
         assert prepared is not None
-        sampler = torch.where(tokens.sampler_logprobs.isfinite(), tokens.sampler_logprobs, logprobs.detach())
+        sampler = logprobs.detach()
+        if self.importance_ratio == "sampler":
+            sampler = torch.where(tokens.sampler_logprobs.isfinite(), tokens.sampler_logprobs, sampler)
         ratio = (logprobs - sampler).exp()
         gain = ratio * prepared
         if self.clip_ratio is not None:
             clipped = ratio.clamp(1.0 - self.clip_ratio, 1.0 + self.clip_ratio) * prepared
             gain = torch.minimum(gain, clipped)
         return {self.name: -gain}
+
+
+def _check(
+    clip_ratio: float | None,
+    importance_ratio: str,
+    advantage_clip: float | None,
+    advantage_floor: float | None,
+    discount: float,
+    length_normalised: bool,
+) -> None:
+    if clip_ratio is not None and not 0.0 < clip_ratio < 1.0:
+        raise ConfigError(
+            "loss.clip_ratio", clip_ratio, "a number between 0 and 1, or null", "0.2 is PPO's; null never clips"
+        )
+    if importance_ratio not in ("sampler", "none"):
+        raise ConfigError(
+            "loss.importance_ratio", importance_ratio, "sampler or none", "none goes with a correction in `weight`"
+        )
+    if clip_ratio is not None and importance_ratio == "none":
+        raise ConfigError(
+            "loss.clip_ratio", clip_ratio, "null with importance_ratio=none", "there is no ratio to clip without one"
+        )
+    if advantage_clip is not None and advantage_clip <= 0.0:
+        raise ConfigError("loss.advantage_clip", advantage_clip, "a positive number, or null", "null never clips")
+    if advantage_floor is not None and not 0.0 < advantage_floor < 1.0:
+        raise ConfigError(
+            "loss.advantage_floor", advantage_floor, "a number between 0 and 1, or null", "REOPOLD uses about 0.2"
+        )
+    if not 0.0 <= discount <= 1.0:
+        raise ConfigError("loss.discount", discount, "a number from 0 to 1", "0 is the token's own advantage alone")
+    if length_normalised and discount == 0.0:
+        raise ConfigError(
+            "loss.length_normalised", True, "false with discount=0", "only a return (discount above 0) has a length"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
-from nemo_opd.config import SlotConfig
+from nemo_opd.config import REFUSED_LOSSES, SlotConfig
 from nemo_opd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def build_loss(slot: SlotConfig) -> DistillationLoss:
     Raises:
         ConfigError: unknown name, or parameters that cannot work together.
     """
+    if slot.name in REFUSED_LOSSES:
+        reason, way_out = REFUSED_LOSSES[slot.name]
+        raise ConfigError("loss.name", slot.name, reason, way_out)
     if slot.name not in LOSSES:
         raise ConfigError("loss.name", slot.name, f"one of {', '.join(sorted(LOSSES))}", "choose one of them")
     return LOSSES[slot.name](**_parameters(slot))
@@ -71,3 +74,18 @@ def build_weight(slot: SlotConfig) -> TokenWeight | None:
             "weight.name", slot.name, f"one of {', '.join(sorted(['unit', *WEIGHTS]))}", "choose one of them"
         )
     return WEIGHTS[slot.name](**_parameters(slot))
+
+
+def check_pair(loss: DistillationLoss, weight: TokenWeight | None) -> None:
+    """Refuse a loss and a weight that would both apply the importance ratio.
+
+    Raises:
+        ConfigError: both do.
+    """
+    if weight is not None and weight.corrects_importance and getattr(loss, "importance_ratio", "none") != "none":
+        raise ConfigError(
+            "weight.name",
+            weight.name,
+            f"unit with loss.importance_ratio={loss.importance_ratio}",
+            "set loss.importance_ratio=none, or the ratio is applied twice",
+        )

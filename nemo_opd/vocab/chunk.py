@@ -13,6 +13,7 @@ from nemo_opd.vocab.collectives import Pending
 from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.shard import VocabShard
+from nemo_opd.vocab.statistics import Statistics
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """By name: detached values [tokens], and bool [tokens] where they count."""
@@ -50,6 +51,13 @@ class Chunk:
         if factors is not None:
             weights = {name: torch.where(mask, factors.to(dtype), 0.0) for name, mask in self.masks.items()}
         return weights, dict(metrics)
+
+    def scores(self, found: Statistics) -> SampledScores:
+        """What is known of the written tokens."""
+        teacher = self.tokens.teacher_sampled_logprobs if self.teacher is None else found.teacher_written
+        if self.objective.needs.need == Need.NOTHING:
+            teacher = None
+        return SampledScores(found.student_written, teacher, found.student_entropy, found.teacher_entropy)
 
     def constants(self, scores: SampledScores) -> Tensor | None:
         """What the objective prepares: for the row if it asked for that, otherwise for this chunk."""

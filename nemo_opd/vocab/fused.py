@@ -17,14 +17,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_opd.types import Need, TokenBatch
 from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, always_measured
+from nemo_opd.vocab.divergence import divergence_chunk
 from nemo_opd.vocab.generic import generic_chunk
-from nemo_opd.vocab.objective import Objective, Weighting
+from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
 from nemo_opd.vocab.output import OutputLayer, WeightGradient, hidden_gradient, logits_into
+from nemo_opd.vocab.reduced import reduced_chunk
+from nemo_opd.vocab.row import gather_row
+from nemo_opd.vocab.statistics import Statistics, combine, local_statistics
 
 __all__ = ["FusedLoss", "OutputLayer", "fused_loss"]
 
@@ -52,6 +57,8 @@ def fused_loss(
     gradient: bool = True,
     grad_scale: float = 1.0,
     reduce_hidden: bool = True,
+    sequence_group: dist.ProcessGroup | None = None,
+    hand_written: bool = True,
 ) -> FusedLoss:
     """Loss and gradients of one packed row, exact under tensor parallelism.
 
@@ -71,12 +78,18 @@ def fused_loss(
             ``main_grad``, which is filled before backward is called; backward then refuses another one.
         reduce_hidden: True gives every rank the complete gradient of `hidden`. False leaves each rank its own part of
             the sum, for a caller whose backward adds them up anyway (the reduce-scatter of sequence parallelism).
+        sequence_group: ranks over which the sequences of this row are split (context parallelism), for losses and
+            weights that look at whole sequences; ``tokens.sequence`` numbers them alike on all of these ranks.
+        hand_written: False computes every loss through autograd inside the chunk, for comparison.
 
     Raises:
         ValueError: shapes, vocabularies or normalisers that do not fit together.
     """
     _check(loss, hidden, output, teacher_output, tokens, normalisers, chunk_tokens)
-    job = _Job(loss, output, teacher_output, tokens, dict(normalisers), weight, chunk_tokens, grad_scale, reduce_hidden)
+    job = _Job(
+        loss, output, teacher_output, tokens, dict(normalisers), weight, chunk_tokens, grad_scale, reduce_hidden,
+        sequence_group, hand_written,
+    )  # fmt: skip
     if gradient and torch.is_grad_enabled() and (hidden.requires_grad or output.weight.requires_grad):
         value = _Fused.apply(hidden, output.weight, job)
     else:
@@ -149,6 +162,8 @@ class _Job:
     chunk_tokens: int
     grad_scale: float
     reduce_hidden: bool
+    sequence_group: dist.ProcessGroup | None
+    hand_written: bool
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -183,34 +198,104 @@ class _Job:
         return value
 
     def _results(self, hidden: Tensor, gradient: bool) -> Iterator[tuple[slice, ChunkResult]]:
-        for start in range(0, len(self.tokens), self.chunk_tokens):
-            part = slice(start, min(start + self.chunk_tokens, len(self.tokens)))
-            method = generic_chunk(self._chunk(part, hidden, gradient))
+        """Chunk by chunk. Under tensor parallelism the student's logits of the next chunk are computed while the
+        statistics of this one travel, which takes a buffer more; without it there is nothing to wait for."""
+        parts = self._parts()
+        row = self._whole_row(hidden)
+        ahead = self.output.shard.size > 1
+        buffers = _Buffers(self, hidden.device, students=2 if ahead and len(parts) > 1 else 1)
+        students = iter(self._student_logits(part, hidden, buffers.student(i)) for i, part in enumerate(parts))
+        following = next(students, None)
+        for part in parts:
+            student, following = following, None
+            assert student is not None
+            method = self._method(self._chunk(part, student, buffers.teacher, row, gradient))
+            next(method, None)
+            if ahead:
+                following = next(students, None)
             yield part, _finish(method)
+            if not ahead:
+                following = next(students, None)
 
-    def _chunk(self, part: slice, hidden: Tensor, gradient: bool) -> Chunk:
-        tokens = _neutral(self.tokens.select(part))
-        shard, dtype = self.output.shard, self.output.logits_dtype
-        student = torch.empty(len(tokens), shard.valid, dtype=dtype, device=hidden.device)
+    def _parts(self) -> list[slice]:
+        count = len(self.tokens)
+        return [slice(i, min(i + self.chunk_tokens, count)) for i in range(0, count, self.chunk_tokens)]
+
+    def _student_logits(self, part: slice, hidden: Tensor, buffer: Tensor) -> Tensor:
+        student = buffer[: part.stop - part.start]
         logits_into(student, hidden[part], self.output.rows)
-        teacher = None
-        if self.loss.needs.need == Need.FULL:
-            assert self.teacher_output is not None and tokens.teacher_hidden is not None
-            teacher = torch.empty_like(student)
-            logits_into(teacher, tokens.teacher_hidden, self.teacher_output.rows)
+        return student
+
+    def _teacher_logits(self, part: slice, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
+        assert self.teacher_output is not None and self.tokens.teacher_hidden is not None
+        teacher = buffer[: part.stop - part.start]
+        lost = ~self.tokens.teacher_valid[part].unsqueeze(1)
+        logits_into(teacher, self.tokens.teacher_hidden[part].masked_fill(lost, 0.0), self.teacher_output.rows)
+        return teacher
+
+    def _method(self, chunk: Chunk) -> Method:
+        if self.hand_written and self.loss.divergence is not None:
+            return divergence_chunk(chunk, self.loss.divergence)
+        if self.hand_written and self.loss.few is not None:
+            return reduced_chunk(chunk, self.loss.few)
+        return generic_chunk(chunk)
+
+    def _chunk(
+        self, part: slice, student: Tensor, teacher_buffer: Tensor | None, row: _WholeRow, gradient: bool
+    ) -> Chunk:
+        original = self.tokens.select(part)
         return Chunk(
             student=student,
-            teacher=teacher,
-            shard=shard,
-            tokens=tokens,
-            masks=self.loss.component_masks(self.tokens.select(part)),
+            teacher=self._teacher_logits(part, teacher_buffer),
+            shard=self.output.shard,
+            tokens=_neutral(original),
+            masks=self.loss.component_masks(original),
             normalisers=self.normalisers,
             objective=self.loss,
             weighting=self.weight,
-            factors=None,
-            prepared=None,
+            factors=None if row.factors is None else row.factors[part],
+            prepared=None if row.prepared is None else row.prepared[part],
             scale=self.scale,
             gradient=gradient,
+        )
+
+    def _whole_row(self, hidden: Tensor) -> _WholeRow:
+        """What the loss or the weight computes from the scores of a whole row, at the price of a pass without
+        gradients (one collective per chunk, and two over the ranks that share the row's sequences)."""
+        weight = self.weight if self.weight is not None and self.weight.whole_row else None
+        if weight is None and not self.loss.whole_row:
+            return _WholeRow(None, None)
+        buffers = _Buffers(self, hidden.device, students=1)
+        found = []
+        for part in self._parts():
+            student = self._student_logits(part, hidden, buffers.student(0))
+            teacher = self._teacher_logits(part, buffers.teacher)
+            fields = local_statistics(student, teacher, self.tokens.ids[part], self.output.shard)
+            found.append(combine(collectives.gather(fields, self.output.shard.group)))
+        tokens, scores, mine = gather_row(_neutral(self.tokens), self._row_scores(found), self.sequence_group)
+        # A gathered row knows no more which of its tokens count than `teacher_valid` says: a zero served is missing.
+        prepared = self.loss.prepare(scores, tokens) if self.loss.whole_row else None
+        factors = None
+        if weight is not None:
+            factors, metrics = weight.factors(scores, tokens)
+            factors = factors[mine]
+            self._count({name: (values[mine], where[mine]) for name, (values, where) in metrics.items()})
+        return _WholeRow(factors, None if prepared is None else prepared[mine])
+
+    def _row_scores(self, found: list[Statistics]) -> SampledScores:
+        def column(name: str) -> Tensor:
+            empty = torch.zeros(0, dtype=self.output.logits_dtype, device=self.tokens.ids.device)
+            return torch.cat([empty, *(getattr(one, name) for one in found)])
+
+        full = self.loss.needs.need == Need.FULL
+        served = _neutral(self.tokens).teacher_sampled_logprobs if self.loss.needs.need != Need.NOTHING else None
+        return SampledScores(
+            column("student_written"),
+            column("teacher_written") if full else served,
+            column("student_entropy"),
+            column("teacher_entropy") if full else None,
         )
 
     def _count(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -225,6 +310,28 @@ class _Job:
             self.sums[name][0] += torch.where(mask, result.weights[name] * loss, 0.0).sum(dtype=torch.float64)
             self.sums[name][1] += mask.sum()
         self._count(result.metrics)
+
+
+@dataclass(frozen=True)
+class _WholeRow:
+    factors: Tensor | None
+    prepared: Tensor | None
+
+
+class _Buffers:
+    """The logits of one chunk, [chunk, valid columns] each, used again and again."""
+
+    def __init__(self, job: _Job, device: torch.device, students: int) -> None:
+        shape = (min(job.chunk_tokens, len(job.tokens)), job.output.shard.valid)
+
+        def make() -> Tensor:
+            return torch.empty(shape, dtype=job.output.logits_dtype, device=device)
+
+        self._students = [make() for _ in range(students)]
+        self.teacher = make() if job.loss.needs.need == Need.FULL else None
+
+    def student(self, chunk: int) -> Tensor:
+        return self._students[chunk % len(self._students)]
 
 
 def _finish(method: Method) -> ChunkResult:
@@ -243,10 +350,10 @@ def _neutral(tokens: TokenBatch) -> TokenBatch:
     for served in (tokens.teacher_sampled_logprobs, tokens.teacher_id_logprobs):
         if served is not None:
             lost = lost | ~(served.isfinite() if served.ndim == 1 else served.isfinite().all(1))
-    changes = {}
-    for name in ("teacher_hidden", "teacher_sampled_logprobs", "teacher_id_logprobs"):
+    changes = {"teacher_valid": ~lost}
+    for name in ("teacher_sampled_logprobs", "teacher_id_logprobs"):
         if (payload := getattr(tokens, name)) is not None:
             changes[name] = payload.masked_fill(lost if payload.ndim == 1 else lost.unsqueeze(1), 0.0)
     if tokens.teacher_ids is not None:
         changes["teacher_ids"] = tokens.teacher_ids.masked_fill(lost.unsqueeze(1), 0)
-    return replace(tokens, **changes) if changes else tokens
+    return replace(tokens, **changes)

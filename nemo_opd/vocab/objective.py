@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nemo_opd.types import TeacherNeeds, TokenBatch
+from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support
 from nemo_opd.vocab.view import VocabView
 
 
@@ -32,6 +33,31 @@ class SampledScores:
         return SampledScores(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]
 
 
+KINDS = ("reverse", "forward", "jsd", "skew_forward", "skew_reverse")
+
+
+@dataclass(frozen=True)
+class FullDivergence:
+    """Names a divergence over the whole vocabulary (`nemo_opd.vocab.divergence` computes it)."""
+
+    kind: str
+    """One of `KINDS`."""
+    mix: float = 0.0
+    """b of jsd, a of the skew divergences, between 0 and 1"""
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS and (not self.mixes or 0.0 < self.mix < 1.0)
+
+    @property
+    def mixes(self) -> bool:
+        return self.kind in ("jsd", "skew_forward", "skew_reverse")
+
+    @property
+    def teacher_share(self) -> float:
+        """Weight of the teacher in the mixture."""
+        return 1.0 - self.mix if self.kind == "skew_reverse" else self.mix
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A loss at each token of a chunk."""
@@ -43,8 +69,13 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """A loss, as `nemo_opd.losses.DistillationLoss` implements it."""
+    """A loss, as `nemo_opd.losses.DistillationLoss` implements it.
 
+    At most one of `divergence` and `few` is set; it names a hand-written backward that computes the same as `evaluate`.
+    """
+
+    divergence: FullDivergence | None
+    few: FewNumbers | None
     needs: TeacherNeeds
     components: tuple[str, ...]
     metric_names: tuple[str, ...]
@@ -66,6 +97,16 @@ class Objective(Protocol):
         self, student: VocabView, teacher: VocabView | None, tokens: TokenBatch, prepared: Tensor | None
     ) -> Evaluation:
         """The loss of a chunk."""
+
+    def evaluate_few(
+        self,
+        student: FewLogProbs,
+        teacher: FewLogProbs | None,
+        support: Support | None,
+        tokens: TokenBatch,
+        prepared: Tensor | None,
+    ) -> Evaluation:
+        """The loss of a chunk from a few log-probabilities per token; called only where `few` is set."""
 
 
 class Weighting(Protocol):

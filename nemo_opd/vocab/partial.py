@@ -61,6 +61,17 @@ class PartialView:
             self._refuse("log q at ids that were not served", "FULL")
         return self.id_logprobs.gather(1, where).reshape(ids.shape)
 
+    def logprob_or(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """log q at ids [tokens, k], 0 where `mask` is False (nobody reads those)."""
+        if self.ids is None or self.id_logprobs is None:
+            self._refuse("log q at chosen ids", "AT_IDS")
+        if ids is self.ids:
+            return self.id_logprobs
+        found, where = (ids.unsqueeze(2) == self.ids.unsqueeze(1)).max(dim=2)
+        if not bool((found | ~mask).all()):
+            self._refuse("log q at ids that were not served", "FULL")
+        return torch.where(mask, self.id_logprobs.gather(1, where), 0.0)
+
     def topk(self, k: int) -> Tensor:
         if self.ids is None or not self.ranked or k > self.ids.shape[1]:
             self._refuse(f"the teacher's {k} most probable ids", "TOP_K")
@@ -71,8 +82,15 @@ class PartialView:
         return (probabilities if mask is None else torch.where(mask, probabilities, 0.0)).sum(1)
 
     def log_tail(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        return self.tail_of(self.logprob_or(ids, mask), mask)
+
+    @staticmethod
+    def tail_of(logprobs: Tensor, mask: Tensor) -> Tensor:
+        """log of the mass outside a set, from log q inside it [tokens, k]."""
         # The only case in which log(1 - mass) is right: nothing else was served. Rounded scores may sum to 1 or more.
-        return torch.log1p(-self.mass(ids, mask).clamp(max=LARGEST_MASS))
+        mass = torch.where(mask, logprobs, -torch.inf).exp().sum(1)
+        return torch.log1p(-mass.clamp(max=LARGEST_MASS))
 
     def logsumexp(self) -> Tensor:
         self._refuse("the normaliser of the logits", "FULL")

@@ -1,11 +1,12 @@
 """Every loss again, dense, in a few lines each, sharing no code with nemo_opd: what the matrix compares with.
 
-A reference takes the logits of both models [tokens, vocab] and the written tokens, and returns the loss of every token.
-Sums, masks and normalisers are applied by `reference_answer`.
+A reference takes the logits of both models [tokens, vocab], the written tokens and the slot's parameters, and returns
+the loss of every token. Masks, weights and normalisers are applied by `reference_answer`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nemo_opd.config import SlotConfig
 from nemo_opd.types import TokenBatch
-from tests.helpers.losses import Answer, Case, make_data
+from tests.helpers.losses import Answer, Case, Data, make_data
 
 Reference = Callable[[Tensor, Tensor, TokenBatch, SlotConfig], Tensor]
 
@@ -22,15 +23,122 @@ def _at(log_probs: Tensor, ids: Tensor) -> Tensor:
     return log_probs[torch.arange(len(ids)), ids]
 
 
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return torch.where(p > 0, p * (p.clamp_min(1e-300).log() - q.clamp_min(1e-300).log()), 0.0).sum(-1)
+
+
+def _divergence(p: Tensor, q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    if kind == "reverse" or (kind == "jsd" and beta == 1):
+        return _kl(p, q)
+    if kind == "forward" or beta == 0:
+        return _kl(q, p)
+    m = beta * q + (1 - beta) * p
+    return beta * _kl(q, m) + (1 - beta) * _kl(p, m)
+
+
 def reverse_kl(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
-    p = z.softmax(1)
-    return (p * (p.log() - zt.softmax(1).log())).sum(1)
+    return _divergence(z.softmax(1), zt.softmax(1), "reverse")
+
+
+def forward_kl(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    return _divergence(z.softmax(1), zt.softmax(1), "forward")
+
+
+def jsd(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    return _divergence(z.softmax(1), zt.softmax(1), "jsd", slot.beta)
+
+
+def skew_forward_kl(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    p, q = z.softmax(1), zt.softmax(1)
+    return _kl(q, slot.alpha * q + (1 - slot.alpha) * p)
+
+
+def skew_reverse_kl(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    p, q = z.softmax(1), zt.softmax(1)
+    return _kl(p, (1 - slot.alpha) * q + slot.alpha * p.detach())
+
+
+def support_of(z: Tensor, zt: Tensor, slot: SlotConfig) -> Tensor:
+    """bool [tokens, vocab]: which ids are in the support."""
+
+    def top(logits: Tensor) -> Tensor:
+        best = logits.topk(min(slot.k, logits.shape[1])).indices
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(1, best, True)
+
+    student, teacher = top(z.detach()), top(zt)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "union": student | teacher,
+        "intersection": student & teacher,
+    }[slot.support]
+
+
+def _inside(terms: Tensor, support: Tensor) -> Tensor:
+    return terms.masked_fill(~support, 0.0).sum(1)
+
+
+def stop_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    log_p, log_q = z.log_softmax(1), zt.log_softmax(1)
+    return _inside(log_p.exp() * (log_p.detach() - log_q), support_of(z, zt, slot))
+
+
+def tail(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    support, p, q = support_of(z, zt, slot), z.softmax(1), zt.softmax(1)
+
+    def bucketed(d: Tensor) -> Tensor:
+        return torch.cat([d.masked_fill(~support, 0.0), _inside(d, ~support).unsqueeze(1)], 1)
+
+    return _divergence(bucketed(p), bucketed(q), slot.divergence, slot.beta)
+
+
+def renormalised(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    support, p, q = support_of(z, zt, slot), z.softmax(1), zt.softmax(1)
+    empty = ~support.any(1, keepdim=True)
+
+    def conditional(d: Tensor) -> Tensor:
+        kept = d.masked_fill(~support, 0.0)
+        return kept / torch.where(empty, 1.0, kept.sum(1, keepdim=True))
+
+    return _divergence(conditional(p), conditional(q), slot.divergence, slot.beta)
+
+
+def head_plus_sample(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    log_p, log_q = z.log_softmax(1), zt.log_softmax(1)
+    y_p, y_q = _at(log_p, tokens.ids), _at(log_q, tokens.ids)
+    outside = ~_at(support_of(z, zt, slot), tokens.ids)
+    sample = (y_p - y_q).detach() * y_p.exp() / tokens.sampler_logprobs.exp()
+    return stop_gradient(z, zt, tokens, slot) + torch.where(outside, sample, 0.0)
+
+
+def naive(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    log_p, log_q = z.log_softmax(1), zt.log_softmax(1)
+    return _inside(log_p.exp() * (log_p - log_q), support_of(z, zt, slot))
+
+
+def k2(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    return (_at(z.log_softmax(1), tokens.ids) - _at(zt.log_softmax(1), tokens.ids)) ** 2 / 2
 
 
 def policy_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
     log_p, log_q = _at(z.log_softmax(1), tokens.ids), _at(zt.log_softmax(1), tokens.ids)
-    advantage = (log_q - log_p).detach()
-    ratio = torch.exp(log_p - tokens.sampler_logprobs)
+    own = (log_q - log_p).detach()
+    if slot.advantage_clip is not None:
+        own = own.clip(-slot.advantage_clip, slot.advantage_clip)
+    if slot.advantage_floor is not None:
+        own = own.clip(min=math.log(slot.advantage_floor / (1 - slot.advantage_floor)))
+    advantage = own.clone()
+    if slot.discount > 0:
+        for t in range(len(own)):
+            later = [
+                s for s in range(len(own)) if tokens.sequence[s] == tokens.sequence[t]
+                and tokens.offset[s] >= tokens.offset[t] and tokens.teacher_valid[s]
+            ]  # fmt: skip
+            gaps = torch.tensor([int(tokens.offset[s] - tokens.offset[t]) for s in later], dtype=own.dtype)
+            powers = slot.discount**gaps
+            advantage[t] = (powers * own[later]).sum() / (powers.sum() if slot.length_normalised and later else 1.0)
+    old = tokens.sampler_logprobs if slot.importance_ratio == "sampler" else log_p.detach()
+    ratio = torch.exp(log_p - old)
     if slot.clip_ratio is None:
         return -ratio * advantage
     clipped = torch.clip(ratio, 1 - slot.clip_ratio, 1 + slot.clip_ratio)
@@ -42,11 +150,35 @@ def cross_entropy(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -
 
 
 REFERENCES: dict[str, Reference] = {
-    "reverse_kl": reverse_kl,
-    "policy_gradient": policy_gradient,
-    "cross_entropy": cross_entropy,
-}
+    f.__name__: f
+    for f in (
+        reverse_kl, forward_kl, jsd, skew_forward_kl, skew_reverse_kl, stop_gradient, tail, renormalised,
+        head_plus_sample, naive, k2, policy_gradient, cross_entropy,
+    )
+}  # fmt: skip
 NO_TEACHER = {"cross_entropy"}
+
+
+def weight_of(case: Case, data: Data) -> Tensor:
+    """Factor of every token."""
+    slot, tokens = case.weight, data.tokens
+    log_p, log_q = (_at(z.log_softmax(1), tokens.ids) for z in (data.logits, data.teacher_logits))
+    ratio = torch.exp(log_p - tokens.sampler_logprobs)
+    if slot.name == "tis":
+        return ratio.clip(max=slot.clamp)
+    if slot.name == "icepop":
+        return ratio * ((ratio >= slot.low) & (ratio <= slot.high))
+    factor = torch.ones_like(ratio)
+    for t in range(len(ratio)):
+        same = tokens.sequence == tokens.sequence[t]
+        if slot.name == "sequence":
+            mean = float(ratio[same].log().mean().exp())
+            factor[t] = float(slot.low <= mean <= slot.high)
+        if slot.name == "prefix":
+            gap = torch.where(tokens.teacher_valid, (log_q - log_p).abs(), 0.0)
+            before = gap[same & (tokens.offset < tokens.offset[t])].sum()
+            factor[t] = 1 + slot.gamma * (1 - before / gap[same].sum()) if gap[same].sum() > 0 else 1 + slot.gamma
+    return factor
 
 
 def reference_answer(case: Case) -> Answer:
@@ -55,6 +187,7 @@ def reference_answer(case: Case) -> Answer:
     hidden, weight = data.hidden.clone().requires_grad_(), data.weight.clone().requires_grad_()
     losses = REFERENCES[case.loss.name](hidden @ weight.T, data.teacher_logits, data.tokens, case.loss)
     counts = torch.ones_like(data.tokens.teacher_valid) if case.loss.name in NO_TEACHER else data.tokens.teacher_valid
-    total = losses[counts].sum() / max(1, int(counts.sum())) + 0 * hidden.sum() + 0 * weight.sum()
+    weighted = (weight_of(case, data) * losses)[counts]
+    total = weighted.sum() / max(1, int(counts.sum())) + 0 * hidden.sum() + 0 * weight.sum()
     dhidden, dweight = torch.autograd.grad(total, (hidden, weight))
     return Answer(float(total.detach()), dhidden, dweight, {})

@@ -1,32 +1,146 @@
-"""Every registered loss, spread over ranks in every way, against a dense reference: value and gradient in float64."""
+"""Every registered loss, spread over ranks in every way, against a dense reference: value and gradient in float64.
+
+The product of all layouts is covered pairwise: every pair of values of two different factors occurs in some row of
+`LAYOUTS` (checked below), and every loss goes through every row of its world size. Differences are at most 1e-10.
+"""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import fields
+
 import pytest
 
-from nemo_opd.config import CrossEntropyLoss, PolicyGradientLoss, ReverseKLLoss
+from nemo_opd.config import (
+    SLOTS,
+    CrossEntropyLoss,
+    ForwardKLLoss,
+    HeadPlusSampleLoss,
+    IcePopWeight,
+    JSDLoss,
+    K2Loss,
+    PolicyGradientLoss,
+    PrefixWeight,
+    RenormalisedLoss,
+    ReverseKLLoss,
+    SequenceImportanceWeight,
+    SkewForwardKLLoss,
+    SkewReverseKLLoss,
+    StopGradientLoss,
+    TailLoss,
+    TruncatedImportanceWeight,
+)
 from tests.helpers.loss_reference import reference_answer
-from tests.helpers.losses import Case, Layout, assemble, solve
+from tests.helpers.losses import Batch, Case, Layout, assemble, solve
 
-CASES = [
-    Case(ReverseKLLoss()),
-    Case(PolicyGradientLoss()),
-    Case(PolicyGradientLoss(clip_ratio=0.2)),
-    Case(CrossEntropyLoss()),
+TOLERANCE = 1e-10
+K = 5
+LOSSES = [
+    ReverseKLLoss(),
+    ForwardKLLoss(),
+    *[JSDLoss(beta=b) for b in (0.0, 0.3, 1.0)],
+    SkewForwardKLLoss(),
+    SkewReverseKLLoss(),
+    *[StopGradientLoss(k=K, support=s) for s in ("student", "teacher", "union", "intersection")],
+    *[TailLoss(k=K, support=s) for s in ("student", "teacher", "union", "intersection")],
+    *[TailLoss(k=K, divergence=d, beta=0.3) for d in ("forward", "jsd")],
+    TailLoss(k=29, support="union"),
+    *[RenormalisedLoss(k=K, support=s) for s in ("student", "teacher", "union", "intersection")],
+    *[RenormalisedLoss(k=K, support="intersection", divergence=d, beta=0.3) for d in ("forward", "jsd")],
+    *[HeadPlusSampleLoss(k=K, support=s) for s in ("student", "union")],
+    *[TailLoss(k=K, support=s, teacher="scores") for s in ("student", "teacher", "intersection")],
+    *[StopGradientLoss(k=K, support=s, teacher="scores") for s in ("student", "teacher")],
+    RenormalisedLoss(k=K, support="intersection", teacher="scores", divergence="jsd"),
+    K2Loss(),
+    PolicyGradientLoss(),
+    PolicyGradientLoss(clip_ratio=0.2),
+    PolicyGradientLoss(advantage_clip=0.5, importance_ratio="none"),
+    PolicyGradientLoss(advantage_floor=0.2, discount=0.9),
+    PolicyGradientLoss(discount=1.0, length_normalised=True, clip_ratio=0.2),
+    CrossEntropyLoss(),
 ]
-LAYOUTS = [Layout(tp=t, chunk=c, pad_to=t - 1) for t in (1, 2, 4) for c in (1, 7, 1000)]
+WEIGHTED = [
+    Case(ReverseKLLoss(), TruncatedImportanceWeight(clamp=1.1)),
+    Case(TailLoss(k=K), IcePopWeight(low=0.7, high=1.4)),
+    Case(JSDLoss(), SequenceImportanceWeight(low=0.8, high=1.2)),
+    Case(K2Loss(), PrefixWeight()),
+    Case(PolicyGradientLoss(importance_ratio="none", discount=0.5), SequenceImportanceWeight(low=0.8, high=1.2)),
+]
+GENERIC = (("hand_written", False),)
+CASES = (
+    [Case(loss) for loss in LOSSES]
+    + WEIGHTED
+    + [Case(loss, options=GENERIC) for loss in LOSSES]
+    + [Case(case.loss, case.weight, options=GENERIC) for case in WEIGHTED]
+)
+
+# tp, dp, cp, chunk, micro_batches, packed, pad_to
+LAYOUTS = [
+    Layout(1, 1, 1, 1000, 1, True, 0),
+    Layout(1, 1, 1, 7, 4, True, 3),
+    Layout(1, 1, 1, 1, 4, False, 0),
+    Layout(2, 1, 1, 1, 4, True, 3),
+    Layout(2, 1, 1, 1000, 1, False, 0),
+    Layout(2, 1, 1, 7, 1, True, 3),
+    Layout(1, 2, 1, 7, 1, False, 3),
+    Layout(1, 1, 2, 1, 1, False, 3),
+    Layout(1, 1, 2, 1000, 4, True, 0),
+    Layout(4, 1, 1, 7, 1, False, 0),
+    Layout(4, 1, 1, 1, 1, True, 3),
+    Layout(4, 1, 1, 1000, 4, True, 3),
+    Layout(2, 2, 1, 1000, 4, True, 3),
+    Layout(2, 2, 1, 1, 4, False, 0),
+    Layout(2, 1, 2, 7, 4, True, 0),
+    Layout(2, 1, 2, 7, 1, False, 3),
+    Layout(1, 2, 2, 1000, 1, False, 0),
+    Layout(1, 2, 2, 7, 4, True, 3),
+]
+BY_WORLD = {w: [layout for layout in LAYOUTS if layout.tp * layout.dp * layout.cp == w] for w in (1, 2, 4)}
+
+
+def test_every_pair_of_factor_values_occurs():
+    values = {f.name: {getattr(layout, f.name) for layout in LAYOUTS} for f in fields(Layout)}
+    for (a, of_a), (b, of_b) in itertools.combinations(values.items(), 2):
+        for x, y in itertools.product(of_a, of_b):
+            # One sequence per row makes as many micro-batches as there are sequences; and four ranks are at hand.
+            if {a, b} == {"micro_batches", "packed"} or (x in (2, 4) and y in (2, 4) and {a, b} <= {"tp", "dp", "cp"}):
+                continue
+            assert any(getattr(r, a) == x and getattr(r, b) == y for r in LAYOUTS), f"no layout has {a}={x} and {b}={y}"
+
+
+def test_every_registered_loss_and_weight_is_in_the_matrix():
+    assert {case.loss.name for case in CASES} == set(SLOTS["loss"])
+    assert {case.weight.name for case in CASES} == set(SLOTS["weight"])
+
+
+def check(pool, jobs):
+    shares = pool.run(solve, jobs)
+    references = {}
+    for i, (case, layout) in enumerate(jobs):
+        key = repr((case.loss, case.weight, case.batch))
+        if key not in references:
+            references[key] = reference_answer(case)
+        got, expected = assemble(case, layout, [s[i] for s in shares]), references[key]
+        error = max(
+            abs(got.loss - expected.loss),
+            float((got.dhidden - expected.dhidden).abs().max()) if got.dhidden.numel() else 0.0,
+            float((got.dweight - expected.dweight).abs().max()),
+        )
+        assert error <= TOLERANCE, f"{error:.3g} for {case} under {layout}"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_loss_and_gradient_equal_the_dense_reference(world, request):
-    pool = request.getfixturevalue(f"ranks{world}")
-    jobs = [(case, layout) for layout in LAYOUTS if layout.tp * layout.dp * layout.cp == world for case in CASES]
-    shares = pool.run(solve, jobs)
-    for i, (case, layout) in enumerate(jobs):
-        got, expected = assemble(case, layout, [s[i] for s in shares]), reference_answer(case)
-        error = max(
-            abs(got.loss - expected.loss),
-            float((got.dhidden - expected.dhidden).abs().max()),
-            float((got.dweight - expected.dweight).abs().max()),
-        )
-        assert error <= 1e-10, (case, layout, error)
+    check(request.getfixturevalue(f"ranks{world}"), [(c, layout) for layout in BY_WORLD[world] for c in CASES])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_nothing_to_train_on(world, request):
+    """All teacher scores lost, or no trained token at all: zero loss, zero gradients, and every rank gets through."""
+    jobs = [
+        (Case(case.loss, case.weight, Batch(lengths=lengths, lost="all"), case.options), layout)
+        for lengths in ((5, 3), ())
+        for layout in BY_WORLD[world][:2]
+        for case in CASES
+    ]
+    check(request.getfixturevalue(f"ranks{world}"), jobs)

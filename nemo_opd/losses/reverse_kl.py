@@ -1,4 +1,4 @@
-"""Divergences over the whole vocabulary, exact at every position."""
+"""Reverse KL over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from nemo_opd.losses.base import DistributionLoss
 from nemo_opd.losses.registry import register_loss
 from nemo_opd.types import Need, TeacherNeeds, TokenBatch
+from nemo_opd.vocab.objective import FullDivergence
 from nemo_opd.vocab.view import VocabView
 
 
@@ -18,6 +19,7 @@ class ReverseKL(DistributionLoss):
     """
 
     needs = TeacherNeeds(Need.FULL)
+    divergence = FullDivergence("reverse")
 
     def token_losses(self, student: VocabView, teacher: VocabView, tokens: TokenBatch) -> dict[str, Tensor]:
         return {self.name: student.expectation(lambda log_p, log_q: log_p - log_q, teacher)}
