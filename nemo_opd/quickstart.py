@@ -87,7 +87,7 @@ class Quickstart:
             if not out.exists():
                 self.command(
                     "eval", str(row.model), "--data", str(self.data / "heldout.jsonl"), "--out", str(out),
-                    "verify.name=integer", "verify.answer_pattern=#### ", "rollout.max_new_tokens=64",
+                    "verify.name=integer", "verify.answer_pattern=#", "rollout.max_new_tokens=64",
                     f"evaluate.problems={HELD_OUT}", "rollout.batch_size=250",
                 )  # fmt: skip
             results.append((row, json.loads(out.read_text())))
@@ -98,7 +98,7 @@ class Quickstart:
         self.command("eval", str(self.folder / "distil" / "model"), "--data", str(self.data / "heldout.jsonl"),
                      "--compare-transformers", "--out", str(self.folder / "distil" / "transformers.json"),
                      "evaluate.problems=32", "evaluate.greedy=true", "verify.name=integer",
-                     "verify.answer_pattern=#### ", "rollout.max_new_tokens=64")  # fmt: skip
+                     "verify.answer_pattern=#", "rollout.max_new_tokens=64")  # fmt: skip
 
     def report(self, results: list[tuple[Row, dict]], seconds: float) -> None:
         text = table(results)
@@ -115,7 +115,7 @@ class Quickstart:
 
     @staticmethod
     def verdict(results: list[tuple[Row, dict]]) -> str:
-        teacher, before, after, sft = (result["avg"] for _, result in results)
+        teacher, before, after, sft = (result["estimates"][0]["value"] for _, result in results)
         gap = teacher - before
         if gap <= 0:
             return "The warmed-up student is not below the teacher: nothing to distil."
@@ -136,9 +136,10 @@ def table(results: list[tuple[Row, dict]]) -> str:
     """A Markdown table of accuracies with their 95 % intervals."""
     lines = ["| model | gradient steps | accuracy | 95 % interval | problems |", "|---|---|---|---|---|"]
     for row, result in results:
-        low, high = result["interval"]
+        accuracy = result["estimates"][0]
         lines.append(
-            f"| {row.label} | {row.steps} | {result['avg']:.3f} | {low:.3f} to {high:.3f} | {result['problems']} |"
+            f"| {row.label} | {row.steps} | {accuracy['value']:.3f} | {accuracy['low']:.3f} to {accuracy['high']:.3f} "
+            f"| {accuracy['problems']} |"
         )
     return "\n".join(lines)
 

@@ -34,17 +34,17 @@ def main(args: argparse.Namespace) -> int:
     result = evaluation.measure(generator, Processes(), stop)
     if result is None:
         raise KeyboardInterrupt
-    metrics = result.metrics()
+    answer = result.as_dict()
     sys.stdout.write(f"{args.path}: {result}\n")
     if args.compare_transformers:
         same = same_answers(config, evaluation, generator)
         sys.stdout.write(f"plain transformers gives the same tokens for {same} of {len(evaluation.problems)} problems\n")
-        metrics = {**metrics, "same_as_transformers": same}
+        answer["same_as_transformers"] = same
         if same < len(evaluation.problems):
             return 70
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(metrics, indent=1) + "\n")
+        args.out.write_text(json.dumps(answer, indent=1) + "\n")
     return 0
 
 
