@@ -125,7 +125,7 @@ def one_step(run: Run) -> StepReport | None:
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),
         "speed/tokens_per_second": sum(len(rollout.response_ids) for rollout in rollouts) / clock.total,
-        **{f"time/{name}": seconds for name, seconds in clock.seconds().items()},
+        **{f"time/{name}": seconds for name, seconds in {**clock.seconds(), **stats.seconds}.items()},
     }
     return StepReport(run.state.step, run.state.step, metrics, clock.total)
 

@@ -255,6 +255,8 @@ class TrainStats:
     learning_rate: float
     skipped: bool = False
     """True when the optimizer refused the step (non-finite gradients)."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """This rank's wall time by part: ``forward_backward`` (gradient reduction included) and ``optimizer``."""
 
 
 @dataclass(frozen=True)

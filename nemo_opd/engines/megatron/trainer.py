@@ -12,6 +12,7 @@ have different numbers of rows.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,7 @@ class MegatronTrainer:
             grad_norm=grad_norm,
             learning_rate=float(get_canonical_lr_for_logging(self._optimizer.param_groups) or 0.0),
             skipped=skipped,
+            seconds={"forward_backward": accumulated - begin, "optimizer": time.perf_counter() - accumulated},
         )
 
     def gradients(self, batch: TrainBatch) -> Iterator[NamedTensor]:
