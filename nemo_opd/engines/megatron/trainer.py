@@ -102,10 +102,11 @@ class MegatronTrainer:
 
     def train_step(self, batch: TrainBatch) -> TrainStats:
         """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
-        sums = self._accumulate(batch)
+        begin = time.perf_counter()
+        means = self._global_means(self._accumulate(batch))  # reads values back, so the device is done by here
+        accumulated = time.perf_counter()
         self._schedule.step(1)
         grad_norm, skipped = update(self._optimizer)
-        means = self._global_means(sums)
         return TrainStats(
             losses={name: value for name, value in means.items() if name in self._loss.components},
             metrics={name: value for name, value in means.items() if name not in self._loss.components},
