@@ -168,6 +168,8 @@ def conclusion(folder: Path, attempt: str, status: int) -> int:
         return EXIT_CODES[Status.FAILED]
     if outcome.status in (Status.FAILED, Status.CONFIG_ERROR):
         _say(f"error: rank {outcome.rank}: {outcome.reason}")
+        if outcome.status is Status.FAILED:  # a killed process cannot speak: others then report what that did to them
+            _say("torchrun's table above names the process that failed first")
         log = folder / "logs" / f"rank-{outcome.rank}.txt"
         if outcome.rank > 0 and log.exists():
             _say("\n".join(["", f"the end of {log}:", *log.read_text(errors="replace").splitlines()[-_TAIL:]]))

@@ -227,7 +227,7 @@ class TestConclusion:
         write_outcome(tmp_path, "failed", None, "ValueError: bad", "a", rank=1)
         assert conclusion(tmp_path, "a", 1) == EXIT_CODES[Status.FAILED]
         errors = capsys.readouterr().err
-        assert errors.startswith("error: rank 1: ValueError: bad\n")
+        assert errors.startswith("error: rank 1: ValueError: bad\ntorchrun's table above names")
         assert "line 99" in errors
         assert "line 90" not in errors
 
