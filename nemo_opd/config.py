@@ -354,8 +354,9 @@ class VerifyConfig:
     name: str = "none"
     """none, exact, integer or math"""
     answer_pattern: str | None = None
-    """Literal marker after which the final answer stands, e.g. "#### " (exact and integer)."""
-    time_limit: float = 5.0
+    """Literal marker after which the final answer stands, e.g. "#### "; None: each verifier's own way of finding it."""
+    time_limit: float = 1.0
+    """CPU seconds for one answer (math); beyond them it counts as wrong."""
 
 
 @dataclass
