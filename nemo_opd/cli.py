@@ -197,6 +197,7 @@ def _eval(args: argparse.Namespace) -> int:
     args.kind = folder_kind(args.path, ("run", "checkpoint", "model"))
     if args.data is not None and not args.data.exists():
         raise ConfigError("--data", f"no file {args.data}", "a .jsonl or .parquet file", "check the path")
+    _refuse_wrong_overrides(args)
     from nemo_opd.evaluate import command
 
     return command.main(args)
@@ -206,9 +207,17 @@ def _export(args: argparse.Namespace) -> int:
     args.kind = folder_kind(args.path, ("run", "checkpoint"))
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError("DIR", f"{args.out}, which is not empty", "a new or empty folder", "choose another")
+    _refuse_wrong_overrides(args)
     from nemo_opd import export
 
     return export.main(args)
+
+
+def _refuse_wrong_overrides(args: argparse.Namespace) -> None:
+    """Unknown keys and wrong types, before the verb imports what it needs; the verb itself loads its settings."""
+    own = args.path / "config.yaml" if args.kind != "model" else None
+    required = [] if own else ["run.dir=-", "student.model=-", "data.path=-", "train.steps=1"]
+    load(own, [*required, *args.overrides], checked=False)
 
 
 if __name__ == "__main__":

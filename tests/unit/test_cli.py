@@ -119,6 +119,15 @@ def test_below_a_launcher_only_the_first_process_speaks(
         assert capsys.readouterr().err.count("\n") == lines
 
 
+def test_settings_of_eval_are_refused_before_anything_heavy_is_imported(workspace: Path) -> None:
+    code, errors, packages = imported("eval", "student", "--data", "train.jsonl", "evaluate.problem=5")
+    assert code == 2
+    assert errors == (
+        "error: evaluate.problem: got an unknown key; expected a key of `evaluate`; did you mean `evaluate.problems`?"
+    )
+    assert packages & HEAVY == set()
+
+
 def test_eval_and_export_refuse_a_folder_that_is_none_of_ours(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
