@@ -53,7 +53,8 @@ LAYOUTS_2 = {
     "tp2": ({"teacher__tensor_model_parallel_size": 2}, [(0, 1)]),
     "tp2 sequence parallel": ({"teacher__tensor_model_parallel_size": 2, "teacher__sequence_parallel": True}, [(1, 0)]),
     "pp2, student tp2": (
-        {"teacher__pipeline_model_parallel_size": 2, "student__tensor_model_parallel_size": 2}, [(0, 1)],
+        {"teacher__pipeline_model_parallel_size": 2, "student__tensor_model_parallel_size": 2},
+        [(0, 1)],
     ),
     "dp2": ({}, [(0,), (1,)]),
     "tp2, one consumer off its diagonal": ({"teacher__tensor_model_parallel_size": 2}, [(1,)]),

@@ -34,9 +34,7 @@ def build(config: Config) -> Any:
 def batch_for(place: Place, step: int, advantage: float = 1.0) -> TrainBatch:
     """This replica's share of the same global batch, whatever the layout."""
     rollouts = random_rollouts(step % 3, 6, VOCAB)
-    batch = replica_batch(
-        rollouts, {}, AdvantageCrossEntropy(), place.data_parallel_rank, place.data_parallel_size, 64
-    )
+    batch = replica_batch(rollouts, {}, AdvantageCrossEntropy(), place.data_parallel_rank, place.data_parallel_size, 64)
     rows = tuple(
         replace(row, tokens=replace(row.tokens, advantage=torch.full_like(row.tokens.advantage, advantage)))
         for row in batch.rows

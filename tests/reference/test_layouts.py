@@ -166,8 +166,6 @@ def test_packing_micro_batches_and_padding_change_nothing(
     same_gradients(ranks1.run(gradients, config)[0], one_process_gradients["untied"])
 
 
-def test_a_replica_without_work_changes_nothing(
-    folders: dict[str, Path], ranks1: RankPool, ranks2: RankPool
-) -> None:
+def test_a_replica_without_work_changes_nothing(folders: dict[str, Path], ranks1: RankPool, ranks2: RankPool) -> None:
     config = fp64(folders, "untied")
     same_gradients(ranks2.run(gradients, config, 3, 1)[0], ranks1.run(gradients, config, 3, 1)[0])

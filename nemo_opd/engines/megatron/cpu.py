@@ -84,7 +84,7 @@ class _TorchOfSchedules:
 
 
 def megatron_device() -> contextlib.AbstractContextManager[Any]:
-    """Scope in which all of Megatron may be called. Never hold it across a `yield`: it would reach the caller's code."""
+    """Scope in which all of Megatron may be called. Never hold it across a `yield`: it would reach other code."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
@@ -112,6 +112,6 @@ def install() -> None:
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
-    schedules.torch = _TorchOfSchedules()  # type: ignore[assignment]
-    megatron_random._get_cuda_rng_state = get_rng_state  # type: ignore[assignment]
-    megatron_random._set_cuda_rng_state = set_rng_state  # type: ignore[assignment]
+    schedules.torch = _TorchOfSchedules()
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state

@@ -50,7 +50,7 @@ def dtype_of(name: str, key: str) -> torch.dtype:
 class HiddenStateModel(GPTModel):
     """`GPTModel` whose forward pass ends in the last hidden states (or a stage's output) of one packed row."""
 
-    def forward(self, inputs: ModelInputs) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: ModelInputs) -> Tensor:
         """Run this pipeline stage on one row.
 
         Returns:

@@ -53,9 +53,7 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel, dty
     return get_megatron_optimizer(megatron, [model], use_gloo_process_groups=distributed)
 
 
-def build_schedule(
-    config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int
-) -> OptimizerParamScheduler:
+def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then the configured decay to `min_lr` at step `total_steps`.
 
     The schedule is stepped *before* each update, so that the first update of a warm-up over W steps has lr / W and the

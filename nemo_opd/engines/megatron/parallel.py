@@ -45,6 +45,9 @@ def init_distributed(timeout: timedelta = _TIMEOUT) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if torch.cuda.is_available():
+        # NCCL connects at the first call, in which all ranks must take part; later point-to-point calls involve a few.
+        dist.all_reduce(torch.zeros(1, device=cpu.device()))
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,14 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
     """
     with cpu.megatron_device():
         if not parallel_state.model_parallel_is_initialized():
+            before = set(_existing_groups())
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
                 create_gloo_process_groups=torch.cuda.is_available(),
                 distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
             )
+            _ours.extend(group for group in _existing_groups() if group not in before)
             # Without dropout nothing is drawn from Megatron's random states, but its modules look them up.
             with torch.random.fork_rng(devices=[]):
                 model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -137,8 +142,22 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
 
 
 def destroy_student_groups() -> None:
-    """Forget the student's groups, so that another layout can be set up (tests, a tool that loads two layouts)."""
+    """Forget the groups of student and teacher, so that another layout can be set up (tests, a tool that loads two).
+
+    Megatron forgets its groups without ending them. A gloo group keeps three threads that wake up now and then, and a
+    layout has dozens of groups: a process that sets up a hundred layouts would do little else. Collective.
+    """
     parallel_state.destroy_model_parallel()
+    while _ours:
+        dist.destroy_process_group(_ours.pop())
+
+
+_ours: list[dist.ProcessGroup] = []
+"""Groups that this module made, in order of making."""
+
+
+def _existing_groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def teacher_groups(layout: Layout) -> ProcessGroupCollection:
@@ -169,4 +188,6 @@ def _group(layout: Layout, *varying: str, only: tuple[int, ...] | None = None) -
             key = tuple(value for name, value in fixed.items() if name not in varying)
             by_coordinates.setdefault(key, []).append(rank)
     mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_TIMEOUT)
+    if isinstance(mine, dist.ProcessGroup):
+        _ours.append(mine)
     return mine

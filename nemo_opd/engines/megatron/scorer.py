@@ -277,8 +277,8 @@ def _check_request(request: ScoreRequest, needs: TeacherNeeds, vocab_size: int, 
             raise ValueError(f"{where}: got at_ids of shape {got}; expected {expected}")
         ids = torch.cat([ids, request.at_ids.flatten()])
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        got = f"response ids or at_ids from {int(ids.min())} to {int(ids.max())}"
-        raise ValueError(f"{where}: {got}; expected ids below the student's {vocab_size}")
+        found = f"response ids or at_ids from {int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"{where}: got {found}; expected ids below the student's {vocab_size}")
     if not 0 <= min(request.context_ids) <= max(request.context_ids) < teacher_vocab_size:
-        got = f"context ids from {min(request.context_ids)} to {max(request.context_ids)}"
-        raise ValueError(f"{where}: {got}; expected ids below the teacher's {teacher_vocab_size}")
+        found = f"context ids from {min(request.context_ids)} to {max(request.context_ids)}"
+        raise ValueError(f"{where}: got {found}; expected ids below the teacher's {teacher_vocab_size}")

@@ -60,9 +60,7 @@ class MegatronTrainer:
 
     place: Place
 
-    def __init__(
-        self, config: Config, loss: DistillationLoss, weight: TokenWeight | None, total_steps: int
-    ) -> None:
+    def __init__(self, config: Config, loss: DistillationLoss, weight: TokenWeight | None, total_steps: int) -> None:
         init_distributed()
         distributed = use_distributed(config.optimizer)
         student = config.student
@@ -122,7 +120,7 @@ class MegatronTrainer:
         Not for the distributed optimizer, which leaves each replica with a part of the reduced gradient.
         """
         self._accumulate(batch)
-        yield from export_hf_weights(self.model, self.architecture, tensor_of=lambda p: p.main_grad)
+        yield from export_hf_weights(self.model, self.architecture, tensor_of=_main_grad)
 
     def export_weights(self) -> Iterator[NamedTensor]:
         """See `Trainer.export_weights`. Tensors may share memory with the model."""
@@ -226,6 +224,11 @@ def _data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtyp
     )
     config.finalize_model_grads_func = _finalize_model_grads
     return ddp
+
+
+def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
+    """Where Megatron's data parallelism accumulates a parameter's gradient."""
+    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def _finalize_model_grads(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:

@@ -1,0 +1,58 @@
+"""Coordinates of ranks, and the two sets of groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from nemo_opd.config import LayoutConfig
+from nemo_opd.engines.megatron.parallel import (
+    Layout,
+    destroy_student_groups,
+    init_distributed,
+    student_groups,
+    teacher_groups,
+)
+from tests.helpers.ranks import RankPool
+
+
+def test_every_rank_has_its_own_coordinates() -> None:
+    ranks = [Layout(2, 3, 4, rank) for rank in range(24)]
+    assert len({(r.tp_rank, r.dp_rank, r.pp_rank) for r in ranks}) == 24
+    for layout in ranks:
+        assert layout.is_last_stage == (layout.rank in layout.last_stage_ranks(layout.dp_rank))
+        place = layout.place()
+        assert place.computes_loss == layout.is_last_stage
+        assert len(place.loss_ranks) == 4 and all(len(replica) == 2 for replica in place.loss_ranks)
+
+
+def groups_of(rank: int, tp: int, pp: int) -> dict[str, list[int]]:
+    """Ranks of the teacher's groups; and the student's groups must agree where the layout is the same."""
+    init_distributed()
+    layout = Layout.of(LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp), "teacher")
+    teacher = teacher_groups(layout)
+    names = ("tp", "dp", "pp", "mp", "embd", "cp")
+    ranks = {name: dist.get_process_group_ranks(getattr(teacher, name)) for name in names}
+    destroy_student_groups()
+    student = student_groups(layout, seed=0)
+    again = student_groups(layout, seed=0)
+    assert dist.get_process_group_ranks(again.tp) == dist.get_process_group_ranks(student.tp)
+    for name in ("tp", "dp", "pp", "embd", "cp"):
+        assert dist.get_process_group_ranks(getattr(student, name)) == ranks[name], name
+    assert sorted(dist.get_process_group_ranks(student.mp)) == sorted(ranks["mp"])
+    with pytest.raises(RuntimeError, match="TP x PP"):
+        student_groups(Layout(1, 1, layout.tp * layout.pp * layout.dp, rank), seed=0)
+    destroy_student_groups()
+    return ranks
+
+
+def test_groups_of_four_ranks(ranks4: RankPool) -> None:
+    both = ranks4.run(groups_of, 2, 2)
+    assert [r["tp"] for r in both] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [r["pp"] for r in both] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["embd"] for r in both] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["dp"] for r in both] == [[0], [1], [2], [3]]
+    assert [r["mp"] for r in both] == [[0, 1, 2, 3]] * 4
+    pipeline = ranks4.run(groups_of, 1, 2)
+    assert [r["dp"] for r in pipeline] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [r["pp"] for r in pipeline] == [[0, 2], [1, 3], [0, 2], [1, 3]]
