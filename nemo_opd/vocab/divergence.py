@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
+from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.objective import FullDivergence
 from nemo_opd.vocab.statistics import Statistics, combine, local_statistics, row_blocks, row_dot
 
@@ -91,9 +92,17 @@ def _log_parts(
 def _mixture_sums(student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence) -> Tensor:
     """[2, tokens] over this rank's columns: sum of p log(p/m) and of q log(q/m); for skew_forward the first is
     sum of p G = -(1-a) sum of p q / m."""
-    sums = student.new_zeros(2, student.shape[0])
     if student.shape[1] == 0:
-        return sums
+        return student.new_zeros(2, student.shape[0])
+    if (kernels := kernels_for(student)) is not None:
+        return kernels.mixture_sums(
+            student, teacher, found.student_logsumexp, found.teacher_logsumexp, spec.kind, spec.mix, spec.teacher_share
+        )
+    return eager_mixture_sums(student, teacher, found, spec)
+
+
+def eager_mixture_sums(student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence) -> Tensor:
+    sums = student.new_zeros(2, student.shape[0])
     for rows in row_blocks(student):
         p, q, log_p, log_q, log_m = _log_parts(student, teacher, found, rows, spec)
         if spec.kind == "skew_forward":
@@ -111,6 +120,18 @@ def _gradient(
     """student <- coefficient (p G - p inner)"""
     if student.shape[1] == 0:
         return
+    if (kernels := kernels_for(student)) is not None:
+        kernels.gradient(
+            student, teacher, found.student_logsumexp, found.teacher_logsumexp, inner, coefficient, spec.kind, spec.mix,
+            spec.teacher_share,
+        )  # fmt: skip
+    else:
+        eager_gradient(student, teacher, found, inner, coefficient, spec)
+
+
+def eager_gradient(
+    student: Tensor, teacher: Tensor, found: Statistics, inner: Tensor, coefficient: Tensor, spec: FullDivergence
+) -> None:
     for rows in row_blocks(student):
         z, factor, centre = student[rows], coefficient[rows].unsqueeze(1), inner[rows].unsqueeze(1)
         if spec.kind == "reverse":

@@ -23,6 +23,7 @@ from torch import Tensor
 from nemo_opd.types import Need
 from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
+from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.logits import local_topk
 from nemo_opd.vocab.shard import VocabShard
 from nemo_opd.vocab.statistics import Statistics, blocked_logsumexp, combine, local_statistics, row_blocks
@@ -160,6 +161,12 @@ def _numbers(
     return student, FewLogProbs(at, tail, chunk.tokens.teacher_sampled_logprobs)
 
 
+def eager_scaled_softmax(logits: Tensor, logsumexp: Tensor, factor: Tensor) -> None:
+    """logits <- factor exp(logits - logsumexp), row by row"""
+    for rows in row_blocks(logits):
+        logits[rows].sub_(logsumexp[rows].unsqueeze(1)).exp_().mul_(factor[rows].unsqueeze(1))
+
+
 class _Columns:
     """The local columns of a support, addressed without dynamic shapes: an entry that another rank holds (or that is
     masked out) is redirected to an entry of the same token that is here, or to column 0, and writes what stands there.
@@ -215,9 +222,10 @@ def _gradient(
         tail = leaves.tail.detach()
         seen = tail > LEAST_LOG_TAIL[z.dtype]
         outside = torch.where(seen, grads.tail * torch.exp(-torch.where(seen, tail, 0.0)), 0.0)
-    factor = (outside - everywhere).unsqueeze(1)
-    for rows in row_blocks(z):
-        z[rows].sub_(found.student_logsumexp[rows].unsqueeze(1)).exp_().mul_(factor[rows])
+    if (kernels := kernels_for(z)) is not None:
+        kernels.gradient(z, None, found.student_logsumexp, None, None, outside - everywhere, "scaled_softmax")
+    else:
+        eager_scaled_softmax(z, found.student_logsumexp, outside - everywhere)
     if support is not None and grads.at_ids is not None:
         assert leaves.at_ids is not None
         p = leaves.at_ids.detach().exp()

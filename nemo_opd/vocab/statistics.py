@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nemo_opd.vocab.collectives import local_logsumexp
+from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.shard import VocabShard
 
 CACHED_ELEMENTS = 1 << 17
@@ -71,13 +72,21 @@ def local_statistics(student: Tensor, teacher: Tensor | None, ids: Tensor, shard
         if teacher is not None:
             fields[3].fill_(-torch.inf)
         return fields
-    for rows in row_blocks(student):
-        _row_statistics(student[rows], None if teacher is None else teacher[rows], fields[:, rows])
+    if (kernels := kernels_for(student)) is not None:
+        kernels.statistics(student, teacher, fields)
+    else:
+        eager_statistics(student, teacher, fields)
     columns, here = shard.local(ids)
     for field, logits in ((2, student), (5, teacher)):
         if logits is not None:
             fields[field] = torch.where(here, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
     return fields
+
+
+def eager_statistics(student: Tensor, teacher: Tensor | None, fields: Tensor) -> None:
+    """Fill `fields` [3 or 8, tokens], except what concerns the written tokens."""
+    for rows in row_blocks(student):
+        _row_statistics(student[rows], None if teacher is None else teacher[rows], fields[:, rows])
 
 
 def _row_statistics(student: Tensor, teacher: Tensor | None, out: Tensor) -> None:
@@ -136,4 +145,8 @@ def _shares(local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def blocked_logsumexp(logits: Tensor) -> Tensor:
     """logsumexp over this rank's columns, [tokens], a block of rows at a time."""
+    if (kernels := kernels_for(logits)) is not None:
+        fields = logits.new_empty(3, logits.shape[0])
+        kernels.statistics(logits, None, fields)
+        return fields[0]
     return torch.cat([local_logsumexp(logits[rows]) for rows in row_blocks(logits)] or [logits.new_empty(0)])

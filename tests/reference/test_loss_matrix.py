@@ -7,7 +7,7 @@ The product of all layouts is covered pairwise: every pair of values of two diff
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -67,12 +67,8 @@ WEIGHTED = [
     Case(PolicyGradientLoss(importance_ratio="none", discount=0.5), SequenceImportanceWeight(low=0.8, high=1.2)),
 ]
 GENERIC = (("hand_written", False),)
-CASES = (
-    [Case(loss) for loss in LOSSES]
-    + WEIGHTED
-    + [Case(loss, options=GENERIC) for loss in LOSSES]
-    + [Case(case.loss, case.weight, options=GENERIC) for case in WEIGHTED]
-)
+CASES = [Case(loss) for loss in LOSSES] + WEIGHTED
+THROUGH_AUTOGRAD = [replace(case, options=GENERIC) for case in CASES]
 
 # tp, dp, cp, chunk, micro_batches, packed, pad_to
 LAYOUTS = [
@@ -114,7 +110,7 @@ def test_every_registered_loss_and_weight_is_in_the_matrix():
 
 
 def check(pool, jobs):
-    shares = pool.run(solve, jobs)
+    shares = pool.run(solve, jobs, timeout=900.0)
     references = {}
     for i, (case, layout) in enumerate(jobs):
         key = repr((case.loss, case.weight, case.batch))
@@ -135,12 +131,22 @@ def test_loss_and_gradient_equal_the_dense_reference(world, request):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_generic_path_computes_the_same(world, request):
+    """The same losses through their own autograd inside the chunk; in the second vocabulary some ranks hold no id."""
+    layout = Layout(tp=world, chunk=4, pad_to=1)
+    few_ids = [c for c in THROUGH_AUTOGRAD if getattr(c.loss, "k", 0) <= K]
+    small = [replace(case, batch=Batch(vocab=5, lengths=(3, 2))) for case in few_ids]
+    by_hand = [replace(case, options=()) for case in small]
+    check(request.getfixturevalue(f"ranks{world}"), [(c, layout) for c in THROUGH_AUTOGRAD + small + by_hand])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_nothing_to_train_on(world, request):
     """All teacher scores lost, or no trained token at all: zero loss, zero gradients, and every rank gets through."""
     jobs = [
         (Case(case.loss, case.weight, Batch(lengths=lengths, lost="all"), case.options), layout)
         for lengths in ((5, 3), ())
-        for layout in BY_WORLD[world][:2]
+        for layout in BY_WORLD[world][1:2]
         for case in CASES
     ]
     check(request.getfixturevalue(f"ranks{world}"), jobs)
