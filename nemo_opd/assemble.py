@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState
@@ -160,7 +159,9 @@ def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:
         return None
     verifier = build_verifier(config.verify)
     if verifier is None:
-        raise ConfigError("verify.name", "none", "a verifier for evaluate.path", "set verify.name=integer, exact or math")
+        raise ConfigError(
+            "verify.name", "none", "a verifier for evaluate.path", "set verify.name=integer, exact or math"
+        )
     problems = first_prompts(replace(config.data, path=evaluate.path), tokenizer, evaluate.problems)
     limit = evaluate.max_new_tokens or config.rollout.max_new_tokens
     sampling = Sampling(limit, evaluate.temperature, evaluate.top_p, greedy=evaluate.greedy)

@@ -5,7 +5,7 @@ class ConfigError(Exception):
     """A setting that cannot work. Printed as one line; the process exits with code 2.
 
     Args:
-        key: the dotted configuration key, or the file (with line) at fault, e.g. ``student.tensor_model_parallel_size``.
+        key: the dotted configuration key, or the file (with line) at fault, e.g. ``train.steps``.
         got: what was found there.
         expected: what would have been right.
         way_out: what the user can do now.

@@ -1,6 +1,7 @@
 """The run and the step, in one direction:
 
-    prompts -> rollout -> verify -> teacher context -> teacher scores -> pack -> train step -> refit -> checkpoint / evaluate
+    prompts -> rollout -> verify -> teacher context -> teacher scores -> pack -> train step -> refit
+            -> checkpoint / evaluate
 
 Every rank runs this file in lockstep. A rank writes its share of the responses; all ranks then know all of them, and
 each data-parallel replica trains on its part. SFT is the same loop with a data set as the source of responses.

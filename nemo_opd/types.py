@@ -12,6 +12,7 @@ until the trainer moves a packed row to its device. Shapes use these axes:
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -209,11 +210,14 @@ class TokenBatch:
 
     def select(self, rows: Tensor | slice) -> TokenBatch:
         """The same batch restricted to some tokens (a chunk, or a mask)."""
-        return TokenBatch(**{n: None if (t := getattr(self, n)) is None else t[rows] for n in self.__dataclass_fields__})
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(**{n: None if (t := getattr(self, n)) is None else t.to(device, non_blocking=True)
-                             for n in self.__dataclass_fields__})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        fields: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{n: change(t) for n, t in fields.items() if t is not None})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -38,9 +37,10 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.write(f"{args.path}: {result}\n")
     if args.compare_transformers:
         same = same_answers(config, evaluation, generator)
-        sys.stdout.write(f"plain transformers gives the same tokens for {same} of {len(evaluation.problems)} problems\n")
+        count = len(evaluation.problems)
+        sys.stdout.write(f"plain transformers gives the same tokens for {same} of {count} problems\n")
         answer["same_as_transformers"] = same
-        if same < len(evaluation.problems):
+        if same < count:
             return 70
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,9 @@ def make_prompt(index: int, length: int = 3, epoch: int = 0) -> Prompt:
     )
 
 
-def make_rollout(index: int, length: int, sample: int = 0, prompt_length: int = 3, reward: float | None = None) -> Rollout:
+def make_rollout(
+    index: int, length: int, sample: int = 0, prompt_length: int = 3, reward: float | None = None
+) -> Rollout:
     generator = torch.Generator().manual_seed(1000 * index + sample)
     return Rollout(
         prompt=make_prompt(index, prompt_length),

@@ -28,9 +28,16 @@ def _one_step(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...]) 
     return dict(report.metrics)
 
 
-@pytest.mark.parametrize("layout", [("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"),
-                                    ("student.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2")])
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(ranks2: RankPool, tmp_path: Path, layout: tuple[str, ...]):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"),
+        ("student.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2"),
+    ],
+)
+def test_student_equal_to_teacher_has_no_loss_and_no_gradient(
+    ranks2: RankPool, tmp_path: Path, layout: tuple[str, ...]
+):
     folder = make_workspace(tmp_path)
     overrides = (*layout, f"teacher.model={folder / 'student'}", "student.dtype=float64", "teacher.dtype=float64")
     for metrics in ranks2.run(_one_step, str(folder), str(tmp_path / "run"), overrides):

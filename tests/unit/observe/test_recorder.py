@@ -31,7 +31,12 @@ def test_a_resume_replaces_the_steps_it_repeats(tmp_path):
     second.write(_report(3, 2.0))
     second.write_evaluation(3, {"evaluation/avg": 0.5})
     second.close()
-    assert [(line["step"], line.get("loss/total")) for line in _lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (3, None)]
+    assert [(line["step"], line.get("loss/total")) for line in _lines(tmp_path)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (3, None),
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 1.0), (2, 1.0), (3, 2.0)]

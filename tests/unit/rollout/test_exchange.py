@@ -15,7 +15,9 @@ from tests.helpers.rollouts import make_rollout
 
 def _everyone() -> list[Rollout]:
     return [
-        make_rollout(i, length=3 + i + s, sample=s, reward=None if i == 2 else 0.1 * i) for i in range(4) for s in (0, 1)
+        make_rollout(i, length=3 + i + s, sample=s, reward=None if i == 2 else 0.1 * i)
+        for i in range(4)
+        for s in (0, 1)
     ]
 
 
