@@ -125,9 +125,9 @@ class Quickstart:
             return "The warmed-up student is not below the teacher: nothing to distil."
         return (
             f"Of the gap of {gap:.3f} between warmed-up student and teacher, on-policy distillation closed "
-            f"{(after - before) / gap:.0%}.\nThe same number of further SFT steps on the student's own data (2,000 solutions, half "
-            f"of them with a wrong step) closed {(sft - before) / gap:.0%},\nand on the 20,000 clean solutions that the "
-            f"teacher learned from, {(clean - before) / gap:.0%}: written solutions, which OPD does without."
+            f"{(after - before) / gap:.0%}.\nThe same number of further SFT steps on the student's own data (2,000 "
+            f"solutions, half of them with a wrong step) closed {(sft - before) / gap:.0%},\nand on the 20,000 clean "
+            f"solutions that the teacher learned from, {(clean - before) / gap:.0%}: OPD does without any solution."
         )
 
     def command(self, *arguments: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from nemo_opd.loop import train
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.lock import RunLock
 from nemo_opd.reliability.outcome import EXIT_CODES, Status, current_attempt, write_outcome
-from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.stop import StopRequest, forget_old_request
 
 
 def run(config: Config) -> int:
@@ -29,7 +27,8 @@ def run(config: Config) -> int:
     with ExitStack() as stack:
         if processes.is_first:
             stack.enter_context(RunLock(folder))
-            stack.callback(log_to_file(folder / "log.txt"))
+            forget_old_request(folder, attempt)
+        processes.barrier()
         stop = StopRequest(folder, attempt, processes).listen()
         parts = assemble(config, processes, stop)
         done = train(parts)
@@ -39,17 +38,3 @@ def run(config: Config) -> int:
             write_outcome(folder, status, parts.state.step, reason, attempt)
         processes.barrier()  # nobody ends before the outcome stands
     return EXIT_CODES[status]
-
-
-def log_to_file(path: Path) -> Callable[[], None]:
-    """Let the project's log also go to `path` (appended); returns what undoes it."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("nemo_opd")
-    logger.addHandler(handler)
-
-    def undo() -> None:
-        logger.removeHandler(handler)
-        handler.close()
-
-    return undo

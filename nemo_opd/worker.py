@@ -36,6 +36,8 @@ def run(config: Config) -> int:
         write_output_to(folder / "logs" / f"rank-{rank}.txt")
     attempt = os.environ.setdefault(ATTEMPT_VARIABLE, current_attempt())
     configure_logging()
+    if rank == 0:
+        log_to(folder / "log.txt")
     code = _guarded(config, folder, attempt, rank)
     return 0 if launched and code == EXIT_CODES[Status.PREEMPTED] else code
 
@@ -84,6 +86,13 @@ def write_output_to(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def log_to(path: Path) -> None:
+    """Let the project's log also go to `path` (appended; opened with the first message), until the process ends."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("nemo_opd").addHandler(handler)
 
 
 _KNOWN_WARNINGS = (

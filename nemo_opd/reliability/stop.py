@@ -22,11 +22,27 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FILE_CHECK_INTERVAL = 0.5  # seconds: the file may be on a network file system, and rollouts ask for every token
 
 
+def forget_old_request(run_dir: Path, attempt: str) -> None:
+    """Remove a request that lay there before this attempt began; `any` would stop every attempt otherwise.
+
+    One that names this attempt stays: Ctrl-C may come while the processes are still starting.
+    """
+    if _request(run_dir) != attempt:
+        (run_dir / "control" / "stop").unlink(missing_ok=True)
+
+
+def _request(run_dir: Path) -> str | None:
+    try:
+        return (run_dir / "control" / "stop").read_text().strip()
+    except OSError:
+        return None
+
+
 class StopRequest:
     """Asked between tokens (`requested`) and between steps (`agreed`)."""
 
     def __init__(self, run_dir: Path, attempt: str, processes: Processes) -> None:
-        self._file = run_dir / "control" / "stop"
+        self._run_dir = run_dir
         self._attempt = attempt
         self._processes = processes
         self._asked = False
@@ -56,13 +72,9 @@ class StopRequest:
         return self._asked
 
     def _look(self) -> None:
-        try:
-            content = self._file.read_text().strip()
-        except OSError:
-            return
-        if content in (self._attempt, ANY_ATTEMPT):
+        if _request(self._run_dir) in (self._attempt, ANY_ATTEMPT):
             self._asked = True
-            self.reason = f"{self._file.parent.name}/{self._file.name} asks for it"
+            self.reason = "control/stop asks for it"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:

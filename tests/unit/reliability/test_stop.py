@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nemo_opd.processes import Processes
-from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.stop import StopRequest, forget_old_request
 from tests.helpers.ranks import RankPool
 
 
@@ -50,7 +50,7 @@ _CHILD = """
 import sys, time
 from pathlib import Path
 from nemo_opd.processes import Processes
-from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.stop import StopRequest, forget_old_request
 stop = StopRequest(Path(sys.argv[1]), "a", Processes()).listen()
 sys.stdout.write("ready\\n"); sys.stdout.flush()
 while not stop.requested():
@@ -73,3 +73,12 @@ def test_a_signal_asks_and_a_second_interrupt_ends(tmp_path):
     assert process.returncode != 0
     assert "stopping after this step" in errors
     assert "KeyboardInterrupt" in errors
+
+
+def test_a_new_attempt_forgets_old_requests_but_not_its_own(tmp_path):
+    for content, remains in (("any", False), ("attempt-1", False), ("attempt-2", True)):
+        _write(tmp_path, content)
+        forget_old_request(tmp_path, "attempt-2")
+        assert StopRequest(tmp_path, "attempt-2", Processes()).agreed() is remains
+    forget_old_request(tmp_path, "attempt-3")
+    forget_old_request(tmp_path, "attempt-3")
