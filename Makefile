@@ -5,8 +5,8 @@
 #   make lint    environment, then ruff and mypy
 #   make env     environment only
 #
-# PYTHON=python3.11 names the interpreter, EXTRAS=gpu,dev the extras of pyproject.toml. Where the package index serves CUDA builds of torch and the machine has no
-# GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make run
+# PYTHON=python3.11 names the interpreter, EXTRAS=gpu,dev the extras of pyproject.toml. Where the package index serves
+# CUDA builds of torch and the machine has no GPU, add PyTorch's own CPU index through PIP_EXTRA_INDEX_URL.
 
 PYTHON ?= python3.11
 EXTRAS ?= cpu,dev
