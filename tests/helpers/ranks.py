@@ -32,6 +32,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             pipe.send(("ok", function(rank, *args)))
         except Exception:  # noqa: BLE001 - whatever a test function raises travels to the parent as text
             pipe.send(("error", traceback.format_exc()))
+    dist.destroy_process_group()
 
 
 class RankPool:

@@ -93,3 +93,24 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("config.yaml", "log.txt", "tensorboard", "rollouts"):
         assert (disturbed / name).exists()
+    _check_export_and_evaluation(folder, disturbed)
+
+
+def _check_export_and_evaluation(folder: Path, run_dir: Path) -> None:
+    """A checkpoint written at TP 2 is exported and evaluated by one process, with the weights of the run's end."""
+    cli = [sys.executable, "-m", "nemo_opd.cli"]
+    code, output = _finish(_start([*cli, "export", str(run_dir), str(folder / "exported")]))
+    assert code == 0, output
+    exported, end = load_file(folder / "exported" / "model.safetensors"), _weights(run_dir)
+    assert exported.keys() == end.keys()
+    assert all(torch.equal(exported[name], end[name]) for name in end)
+    results = []
+    for path in (run_dir, folder / "exported"):
+        out = folder / "evaluation.json"
+        settings = ["verify.name=integer", "verify.answer_pattern=#", "rollout.max_new_tokens=24"]
+        data = ["--data", str(folder / "heldout.jsonl"), "--out", str(out)]
+        code, output = _finish(_start([*cli, "eval", str(path), *data, *settings]))
+        assert code == 0, output
+        results.append(json.loads(out.read_text()))
+    assert results[0] == results[1]
+    assert results[0]["estimates"][0]["problems"] == 16
