@@ -50,11 +50,11 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     _prepare()
-    print(json.dumps({"ready": True}), file=replies)
+    replies.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         verdict = _grade_in_child(request["gold"], request["answer"], request["search"], request["seconds"])
-        print(json.dumps({"verdict": verdict}), file=replies)
+        replies.write(json.dumps({"verdict": verdict}) + "\n")
     return 0
 
 
