@@ -29,10 +29,9 @@ def main(args: argparse.Namespace) -> int:
     evaluation = build_evaluation(config, tokenizer)
     assert evaluation is not None
     generator = load_generator(args, config)
-    stop = StopRequest(args.path, "evaluation", Processes()).listen()
-    result = evaluation.measure(generator, Processes(), stop)
-    if result is None:
-        raise KeyboardInterrupt
+    # Ctrl-C ends it at once, and a stop request in the folder is the training run's.
+    result = evaluation.measure(generator, Processes(), StopRequest(None, "evaluation", Processes()))
+    assert result is not None, "only a stop request ends an evaluation early"
     answer = result.as_dict()
     sys.stdout.write(f"{args.path}: {result}\n")
     if args.compare_transformers:

@@ -41,7 +41,8 @@ def _request(run_dir: Path) -> str | None:
 class StopRequest:
     """Asked between tokens (`requested`) and between steps (`agreed`)."""
 
-    def __init__(self, run_dir: Path, attempt: str, processes: Processes) -> None:
+    def __init__(self, run_dir: Path | None, attempt: str, processes: Processes) -> None:
+        """`run_dir` None: no file is looked at."""
         self._run_dir = run_dir
         self._attempt = attempt
         self._processes = processes
@@ -64,15 +65,19 @@ class StopRequest:
         return self._asked
 
     def agreed(self) -> bool:
-        """Has any process been asked? The same answer on every rank; collective."""
+        """Has any process been asked? The same answer on every rank; collective.
+
+        A request that reaches this rank while it waits for the others counts the next time: they know nothing of it.
+        """
         self._next_look = 0.0
-        if self._processes.any(self.requested()):
+        agreed = self._processes.any(self.requested())
+        if agreed:
             self._asked = True
             self.reason = self.reason or "another rank was asked to stop"
-        return self._asked
+        return agreed
 
     def _look(self) -> None:
-        if _request(self._run_dir) in (self._attempt, ANY_ATTEMPT):
+        if self._run_dir is not None and _request(self._run_dir) in (self._attempt, ANY_ATTEMPT):
             self._asked = True
             self.reason = "control/stop asks for it"
 

@@ -46,6 +46,33 @@ def test_one_rank_is_enough(ranks2: RankPool, tmp_path):
     assert ranks2.run(_one_rank_asks, str(tmp_path)) == [[False, True, True]] * 2
 
 
+class _SignalledWhileWaiting(Processes):
+    """This process's signal arrives while it waits in the collective, after it said that nobody had asked it."""
+
+    def any(self, flag: bool) -> bool:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return super().any(flag)
+
+
+def test_a_request_during_the_vote_waits_for_the_next_one(tmp_path):
+    """The other ranks were told "no": a rank that then answered "yes" would leave the loop alone."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    stop = StopRequest(tmp_path, "a", _SignalledWhileWaiting()).listen()
+    try:
+        assert not stop.agreed()
+        assert stop.requested()
+        assert stop.agreed()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_without_a_run_folder_no_file_is_obeyed(tmp_path, monkeypatch):
+    _write(tmp_path, "any")
+    monkeypatch.chdir(tmp_path)
+    assert not StopRequest(None, "evaluation", Processes()).agreed()
+
+
 _CHILD = """
 import sys, time
 from pathlib import Path
