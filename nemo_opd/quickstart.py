@@ -2,16 +2,17 @@
 
 Data and tokenizer -> teacher (SFT from scratch) -> student (short SFT warm-up) -> on-policy distillation with the
 student at TP 2 and the teacher at PP 2 over two processes -> for comparison, the same warm-up given as many more steps
-of SFT -> evaluation of all four -> the exported student answers the same through plain transformers.
+of SFT -> the exported student answers the same through plain transformers -> one table.
 
-Every stage is a run of its own below ``runs/quickstart``; a second start skips what is done and resumes what is not.
+Every stage is a run of its own below ``runs/quickstart`` and ends with an evaluation on the same held-out problems. A
+second start skips what is done and resumes what is not; Ctrl-C reaches the stage, which saves and ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECIPES = Path("recipes/quickstart")
-HELD_OUT = 1000
-"""Problems of the final evaluation, one sampled answer each."""
+FOLDER = Path("runs/quickstart")
+"""Where the recipes say that everything lies."""
+ACCURACY = "evaluation/avg@1"
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,23 @@ class Row:
     """One line of the final table."""
 
     label: str
-    model: Path
+    stage: str
     steps: str
 
 
 class Quickstart:
-    """Runs the stages below one folder."""
+    """Runs the stages, in order."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = folder / "data"
+    folder = FOLDER
+    data = FOLDER / "data"
 
     def run(self) -> int:
         begin = time.monotonic()
         self.make_data()
         for stage in ("teacher", "warmup", "distil", "more_sft", "clean_sft"):
             self.train(stage)
-        results = self.evaluate()
         self.check_export()
-        self.report(results, time.monotonic() - begin)
+        self.report(self.accuracies(), time.monotonic() - begin)
         return 0
 
     def make_data(self) -> None:
@@ -74,28 +74,16 @@ class Quickstart:
 
         warmup, distil, more, clean = map(steps, ("warmup", "distil", "more_sft", "clean_sft"))
         return [
-            Row("teacher", self.folder / "teacher" / "model", f"{steps('teacher')} SFT"),
-            Row("student before (warm-up)", self.folder / "warmup" / "model", f"{warmup} SFT"),
-            Row("student after OPD", self.folder / "distil" / "model", f"{warmup} SFT + {distil} OPD"),
-            Row("student, more SFT on its data", self.folder / "more_sft" / "model", f"{warmup} SFT + {more} SFT"),
-            Row(
-                "student, SFT on the teacher's data", self.folder / "clean_sft" / "model", f"{warmup} SFT + {clean} SFT"
-            ),
+            Row("teacher", "teacher", f"{steps('teacher')} SFT"),
+            Row("student before (warm-up)", "warmup", f"{warmup} SFT"),
+            Row("student after OPD", "distil", f"{warmup} SFT + {distil} OPD"),
+            Row("student, more SFT on its data", "more_sft", f"{warmup} SFT + {more} SFT"),
+            Row("student, SFT on the teacher's data", "clean_sft", f"{warmup} SFT + {clean} SFT"),
         ]
 
-    def evaluate(self) -> list[tuple[Row, dict]]:
-        """avg@1 of every model on the same held-out problems, each model evaluated once and remembered."""
-        results = []
-        for row in self.rows():
-            out = row.model.parent / "evaluation.json"
-            if not out.exists():
-                self.command(
-                    "eval", str(row.model), "--data", str(self.data / "heldout.jsonl"), "--out", str(out),
-                    "verify.name=integer", "verify.answer_pattern=#", "rollout.max_new_tokens=64",
-                    f"evaluate.problems={HELD_OUT}", "rollout.batch_size=250",
-                )  # fmt: skip
-            results.append((row, json.loads(out.read_text())))
-        return results
+    def accuracies(self) -> list[tuple[Row, dict[str, float]]]:
+        """What each run measured after its last step, on the same held-out problems."""
+        return [(row, last_evaluation(self.folder / row.stage / "metrics.jsonl")) for row in self.rows()]
 
     def check_export(self) -> None:
         """The exported student, loaded by plain transformers, gives the greedy answers that our generator gives."""
@@ -104,7 +92,7 @@ class Quickstart:
                      "evaluate.problems=32", "evaluate.greedy=true", "verify.name=integer",
                      "verify.answer_pattern=#", "rollout.max_new_tokens=64")  # fmt: skip
 
-    def report(self, results: list[tuple[Row, dict]], seconds: float) -> None:
+    def report(self, results: list[tuple[Row, dict[str, float]]], seconds: float) -> None:
         text = table(results)
         (self.folder / "table.md").write_text(text + "\n")
         distil = self.folder / "distil"
@@ -118,8 +106,8 @@ class Quickstart:
         )
 
     @staticmethod
-    def verdict(results: list[tuple[Row, dict]]) -> str:
-        teacher, before, after, sft, clean = (result["estimates"][0]["value"] for _, result in results)
+    def verdict(results: list[tuple[Row, dict[str, float]]]) -> str:
+        teacher, before, after, sft, clean = (result[ACCURACY] for _, result in results)
         gap = teacher - before
         if gap <= 0:
             return "The warmed-up student is not below the teacher: nothing to distil."
@@ -133,19 +121,29 @@ class Quickstart:
     def command(self, *arguments: str) -> None:
         """Run one `nemo-opd` command and stop the quickstart when it fails."""
         say(f"\n$ nemo-opd {shlex.join(arguments)}")
-        code = subprocess.run([sys.executable, "-m", "nemo_opd.cli", *arguments], check=False).returncode
+        # A terminal sends Ctrl-C to the command as well: it saves and ends by itself, and we wait for that.
+        before = signal.signal(signal.SIGINT, lambda number, frame: None)
+        code = subprocess.Popen([sys.executable, "-m", "nemo_opd.cli", *arguments]).wait()
+        signal.signal(signal.SIGINT, before)
         if code:
+            say("stopped; the same command goes on from here" if code == 75 else f"the command failed ({code})")
             raise SystemExit(code)
 
 
-def table(results: list[tuple[Row, dict]]) -> str:
+def last_evaluation(metrics: Path) -> dict[str, float]:
+    """The last line of a run's metrics.jsonl that an evaluation wrote."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line for line in lines if "evaluation" in line][-1]
+
+
+def table(results: list[tuple[Row, dict[str, float]]]) -> str:
     """A Markdown table of accuracies with their 95 % intervals."""
     lines = ["| model | gradient steps | accuracy | 95 % interval | problems |", "|---|---|---|---|---|"]
     for row, result in results:
-        accuracy = result["estimates"][0]
+        value, low, high = (result[f"{ACCURACY}{end}"] for end in ("", "_low", "_high"))
         lines.append(
-            f"| {row.label} | {row.steps} | {accuracy['value']:.3f} | {accuracy['low']:.3f} to {accuracy['high']:.3f} "
-            f"| {accuracy['problems']} |"
+            f"| {row.label} | {row.steps} | {value:.3f} | {low:.3f} to {high:.3f} "
+            f"| {result['evaluation/problems']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -156,9 +154,10 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m nemo_opd.quickstart", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything is written")
-    return Quickstart(parser.parse_args().folder).run()
+    if not RECIPES.is_dir():
+        say(f"error: {RECIPES}: got no such folder; expected the project's checkout; run it from there")
+        return 2
+    return Quickstart().run()
 
 
 if __name__ == "__main__":
