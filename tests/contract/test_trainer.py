@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.contract.trainers import VOCAB, learning_rates, refusal, resumes, skips_non_finite, steps_and_export
+from tests.contract.trainers import (
+    VOCAB,
+    learning_rates,
+    refusal,
+    resumed_optimizer,
+    resumes,
+    skips_non_finite,
+    steps_and_export,
+)
 from tests.helpers.megatron import recipe
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_checkpoint
@@ -58,6 +66,24 @@ def test_an_update_with_non_finite_gradients_is_left_out(
 ) -> None:
     config = recipe(folders["qwen3"], student__dtype=dtype, **layout)
     assert ranks2.run(skips_non_finite, config) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_follows_its_recipe(
+    ranks1: RankPool, folders: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
+    config = recipe(folders["qwen3"], student__dtype=dtype, optimizer__lr=1e-3)
+    changed = recipe(
+        folders["qwen3"],
+        student__dtype=dtype,
+        optimizer__lr=2e-4,
+        optimizer__adam_beta2=0.9,
+        optimizer__adam_eps=1e-6,
+        optimizer__weight_decay=0.1,
+    )
+    assert ranks1.run(resumed_optimizer, config, changed, tmp_path / "checkpoint") == [
+        {"betas": (0.9, 0.9), "eps": 1e-6, "weight_decay": 0.1, "learning_rate": 2e-4, "step": 2}
+    ]
 
 
 def test_learning_rate_warms_up_and_decays_to_its_end(ranks1: RankPool, folders: dict[str, Path]) -> None:

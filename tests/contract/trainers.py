@@ -116,6 +116,21 @@ def learning_rates(rank: int, config: Config) -> list[float]:
     return [trainer.train_step(batch_for(trainer.place, step)).learning_rate for step in range(TOTAL_STEPS)]
 
 
+def resumed_optimizer(rank: int, config: Config, changed: Config, folder: Path) -> dict[str, Any]:
+    """A step under `config`, saved and resumed under `changed`: what the optimizer works with, and its step count."""
+    trainer = build(config)
+    trainer.train_step(batch_for(trainer.place, 0))
+    folder.mkdir()
+    trainer.save(folder)
+    fresh = build(changed)
+    fresh.load(folder)
+    stats = fresh.train_step(batch_for(fresh.place, 1))
+    group = fresh._optimizer.param_groups[0]
+    state = next(iter(fresh._optimizer.chained_optimizers[0].optimizer.state.values()))
+    settings = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    return {**settings, "learning_rate": stats.learning_rate, "step": int(state["step"])}
+
+
 def refusal(rank: int, config: Config) -> str:
     """The message of the ConfigError that building the trainer must raise."""
     from nemo_opd.errors import ConfigError

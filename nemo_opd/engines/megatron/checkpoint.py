@@ -18,6 +18,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.model import HiddenStateModel
 
+_OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
+"""What an optimizer's parameter groups hold of the recipe. The rest of a group is set by the schedule, or is state."""
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -35,13 +37,19 @@ def load(
 ) -> None:
     """Read what `save` wrote, under this or another layout. Collective.
 
+    Learning rates, weight decay and Adam's constants stay those that `optimizer` and `schedule` were built with: a
+    resumed run follows its recipe, which may have changed.
+
     Raises ValueError when the folder is not such a checkpoint.
     """
     _require_checkpoint(folder)
+    recipe = [{name: group[name] for name in _OF_THE_RECIPE} for group in optimizer.param_groups]
     with cpu.megatron_device():
         state = dist_checkpointing.load(_sharded_state(model, optimizer, schedule, is_loading=True), str(folder))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, recipe, strict=True):
+            group.update(values)
         schedule.num_steps = 0  # its `load_state_dict` adds the stored number of steps
         schedule.load_state_dict(state["schedule"])
         dist.barrier()
