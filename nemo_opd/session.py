@@ -10,8 +10,8 @@ from nemo_opd.config import Config
 from nemo_opd.engines.megatron.parallel import init_distributed
 from nemo_opd.loop import train
 from nemo_opd.processes import Processes
-from nemo_opd.reliability.lock import RunLock
-from nemo_opd.reliability.outcome import EXIT_CODES, Status, current_attempt, write_outcome
+from nemo_opd.reliability.lock import RunLock, RunLocked
+from nemo_opd.reliability.outcome import EXIT_CODES, Status, current_attempt, forget_outcome, write_outcome
 from nemo_opd.reliability.stop import StopRequest, forget_old_request
 
 
@@ -25,10 +25,7 @@ def run(config: Config) -> int:
     folder = Path(config.run.dir)
     attempt = current_attempt()
     with ExitStack() as stack:
-        if processes.is_first:
-            stack.enter_context(RunLock(folder))
-            forget_old_request(folder, attempt)
-        processes.barrier()
+        take_folder(stack, folder, attempt, processes)
         stop = StopRequest(folder, attempt, processes).listen()
         parts = assemble(config, processes, stop)
         done = train(parts)
@@ -38,3 +35,22 @@ def run(config: Config) -> int:
             write_outcome(folder, status, parts.state.step, reason, attempt)
         processes.barrier()  # nobody ends before the outcome stands
     return EXIT_CODES[status]
+
+
+def take_folder(stack: ExitStack, folder: Path, attempt: str, processes: Processes) -> None:
+    """Lock the run folder until `stack` ends, and clear away what earlier attempts said in it. Collective.
+
+    Raises:
+        RunLocked: another process uses the folder. On every rank, for none may then write into it.
+    """
+    refusal = None
+    if processes.is_first:
+        try:
+            stack.enter_context(RunLock(folder))
+        except RunLocked as error:
+            refusal = error
+        else:
+            forget_old_request(folder, attempt)
+            forget_outcome(folder)
+    if processes.any(refusal is not None):
+        raise refusal or RunLocked("run.dir", f"{folder}, in use", "an unused run folder", "see what rank 0 says")

@@ -102,6 +102,11 @@ def write_failure(run_dir: Path, status: Status, reason: str, attempt: str, rank
     return write_outcome(run_dir, status, None, reason, attempt, rank)
 
 
+def forget_outcome(run_dir: Path) -> None:
+    """Remove what an earlier attempt left: a run that goes on has no outcome, nor has one that was killed."""
+    (run_dir / OUTCOME_FILE).unlink(missing_ok=True)
+
+
 def read_outcome(run_dir: Path) -> Outcome | None:
     """What `outcome.json` says; None without a readable one."""
     try:
