@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from nemo_opd.config import Config, DatasetPrefix, LayoutConfig
+from nemo_opd.config import Config, DatasetPrefix, LayoutConfig, PrefixWeight
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
 from nemo_opd.errors import ConfigError
 
@@ -95,6 +95,8 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         _teacher,
         _written_responses,
         _importance,
+        _served_scores,
+        _prefix_weight,
         _schedule,
         _evaluation,
         _run_folder,
@@ -107,6 +109,10 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     models = {"student": student}
     if config.teacher.engine != "none":
         models["teacher"] = _teacher_model(config)
+        if models["teacher"].vocabulary < student.vocabulary:
+            got = f"a vocabulary of {models['teacher'].vocabulary}"
+            expected = f"at least the student's {student.vocabulary}"
+            raise ConfigError("teacher.model", got, expected, "use a teacher that knows every token of the student")
     _lengths(config, models)
     world_size(config, environment)
 
@@ -207,6 +213,28 @@ def _importance(config: Config) -> None:
         raise ConfigError("weight.name", config.weight.name, f"unit with loss.importance_ratio={ratio}", way_out)
 
 
+def _served_scores(config: Config) -> None:
+    """Scores at given ids need the ids with the request, and nothing computes the student's best ones by then."""
+    support = getattr(config.loss, "support", None)
+    if getattr(config.loss, "teacher", "full") == "scores" and support in ("student", "union"):
+        expected = (
+            "teacher or intersection with loss.teacher=scores, as the teacher is asked before the student's k best ids "
+            "are known"
+        )
+        raise ConfigError("loss.support", support, expected, "choose one of these, or loss.teacher=full")
+
+
+def _prefix_weight(config: Config) -> None:
+    loss = config.loss
+    unscored = not loss.needs_teacher or getattr(loss, "teacher", "full") == "scores"
+    if isinstance(config.weight, PrefixWeight) and unscored:
+        expected = (
+            f"unit with loss {loss.name}, as that weight needs the teacher's log-probability of every written token"
+        )
+        way_out = "choose loss=policy_gradient, k2, or one that reads the teacher's whole distribution"
+        raise ConfigError("weight.name", "prefix", expected, way_out)
+
+
 def _schedule(config: Config) -> None:
     optimizer, steps = config.optimizer, config.train.steps
     if optimizer.min_lr > optimizer.lr:
@@ -292,15 +320,21 @@ def _vocabulary(config: Config, model: ModelSizes) -> None:
     if (tensor - 1) * shard >= model.vocabulary:
         expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
         raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
+    k = getattr(config.loss, "k", 0)
+    if k > model.vocabulary:
+        raise ConfigError("loss.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
 
 
 def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    for who, model in models.items():
-        if model.positions is not None and longest > model.positions:
-            got = f"{config.rollout.max_new_tokens} after a prompt of up to {config.data.max_prompt_tokens}"
-            expected = f"together at most the {model.positions} positions of the {who}"
-            raise ConfigError("rollout.max_new_tokens", got, expected, "lower it or data.max_prompt_tokens")
+    responses = {"rollout.max_new_tokens": (config.rollout.max_new_tokens, models)}
+    if config.evaluate.path is not None and config.evaluate.max_new_tokens is not None:  # no teacher reads these
+        responses["evaluate.max_new_tokens"] = (config.evaluate.max_new_tokens, {"student": models["student"]})
+    for key, (new_tokens, readers) in responses.items():
+        for who, model in readers.items():
+            if model.positions is not None and config.data.max_prompt_tokens + new_tokens > model.positions:
+                got = f"{new_tokens} after a prompt of up to {config.data.max_prompt_tokens}"
+                expected = f"together at most the {model.positions} positions of the {who}"
+                raise ConfigError(key, got, expected, "lower it or data.max_prompt_tokens")
 
 
 def _divisors(number: int) -> str:

@@ -106,7 +106,25 @@ CASES = [
     Bad("longer_than_the_model", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 200; "
         "expected together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
         ("data.max_prompt_tokens=200",)),
+    Bad("evaluation_longer_than_the_model", "evaluate.max_new_tokens: got 200 after a prompt of up to 64; expected "
+        "together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
+        ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.max_new_tokens=200")),
+    Bad("teacher_with_fewer_tokens", "teacher.model: got a vocabulary of 95; expected at least the student's 96; use a "
+        "teacher that knows every token of the student", ("teacher.model=small",),
+        prepare=lambda folder: write_model(folder / "small", vocab_size=95)),
+    Bad("more_ids_than_the_vocabulary", "loss.k: got 97; expected at most the student's vocabulary of 96; lower it",
+        ("loss=stop_gradient", "loss.k=97")),
     # combinations
+    Bad("scores_at_ids_of_the_student", "loss.support: got student; expected teacher or intersection with "
+        "loss.teacher=scores, as the teacher is asked before the student's k best ids are known; choose one of these, "
+        "or loss.teacher=full", ("loss=tail", "loss.teacher=scores")),
+    Bad("scores_of_a_union", "loss.support: got union; expected teacher or intersection with loss.teacher=scores",
+        ("loss=stop_gradient", "loss.teacher=scores", "loss.support=union")),
+    Bad("prefix_weight_without_log_q", "weight.name: got prefix; expected unit with loss cross_entropy, as that weight "
+        "needs the teacher's log-probability of every written token; choose loss=policy_gradient, k2, or one that "
+        "reads the teacher's whole distribution", ("algorithm=sft", "weight=prefix")),
+    Bad("prefix_weight_with_few_scores", "weight.name: got prefix; expected unit with loss tail",
+        ("loss=tail", "loss.teacher=scores", "loss.support=teacher", "weight=prefix")),
     Bad("loss_without_teacher", "teacher.engine: got none; expected an engine, as loss reverse_kl compares with a "
         "teacher; set teacher.engine=megatron and teacher.model, or choose loss=cross_entropy",
         ("teacher.engine=none",)),
