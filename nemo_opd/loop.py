@@ -82,11 +82,12 @@ def train(run: Run) -> bool:
         progress.advance(report)
         if run.recorder:
             run.recorder.write(report)
-        if _due(run.config.checkpoint.every, report.step):
+        last = report.step == steps
+        if last or _due(run.config.checkpoint.every, report.step):
             save(run)
             saved = report.step
-        if _due(run.config.evaluate.every, report.step) or report.step == steps:
-            evaluate(run)
+        if last or _due(run.config.evaluate.every, report.step):
+            evaluate(run)  # after saving: an evaluation that fails costs no trained step
     if saved < run.state.step:
         save(run)
     progress.close()
