@@ -163,6 +163,13 @@ def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:
             "verify.name", "none", "a verifier for evaluate.path", "set verify.name=integer, exact or math"
         )
     problems = first_prompts(replace(config.data, path=evaluate.path), tokenizer, evaluate.problems)
+    if all(verifier("", problem) is None for problem in problems):
+        raise ConfigError(
+            "evaluate.path",
+            f"{evaluate.path} with {len(problems)} usable problems, none with an answer that verify.name can read",
+            "at least one",
+            "check data.answer_key, verify.name and data.max_prompt_tokens",
+        )
     limit = evaluate.max_new_tokens or config.rollout.max_new_tokens
     sampling = Sampling(limit, evaluate.temperature, evaluate.top_p, greedy=evaluate.greedy)
     return Evaluation(problems, sampling, evaluate.samples_per_prompt, verifier, config.run.seed)
