@@ -26,11 +26,10 @@ _MAIN = """
 a first run, on any machine with two CPU cores:
   python -m nemo_opd.quickstart            every step from making the data to the exported student
 
-the same by hand:
-  nemo-opd data arithmetic runs/data
-  nemo-opd train recipes/quickstart/distil.yaml train.steps=50
-  nemo-opd eval runs/quickstart/distil --data runs/data/heldout.jsonl
-  nemo-opd export runs/quickstart/distil runs/student
+then, with the models and data that it made:
+  nemo-opd train recipes/quickstart/distil.yaml run.dir=runs/mine train.steps=50
+  nemo-opd eval runs/mine --data runs/quickstart/data/heldout.jsonl
+  nemo-opd export runs/mine runs/student
 
 exit codes:
   0    done
@@ -150,7 +149,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare-transformers",
         action="store_true",
-        help="generate with plain transformers too and show whether the answers are the same (a model folder)",
+        help="generate with plain transformers too and show whether the answers are the same (model folders only)",
     )
     _add_overrides(parser, "settings that win over the run's")
     parser.set_defaults(run=_eval)
@@ -195,6 +194,9 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     args.kind = folder_kind(args.path, ("run", "checkpoint", "model"))
+    if args.compare_transformers and args.kind != "model":
+        way_out = "export the run first, and name the folder that was written"
+        raise ConfigError("--compare-transformers", f"a {args.kind} folder", "a model folder", way_out)
     if args.data is not None and not args.data.exists():
         raise ConfigError("--data", f"no file {args.data}", "a .jsonl or .parquet file", "check the path")
     _refuse_wrong_overrides(args)

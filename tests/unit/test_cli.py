@@ -139,5 +139,7 @@ def test_eval_and_export_refuse_a_folder_that_is_none_of_ours(
     assert "--data: got no file gone.jsonl; expected a .jsonl or .parquet file" in capsys.readouterr().err
     (workspace / "finished" / "checkpoints").mkdir(parents=True)
     (workspace / "finished" / "config.yaml").write_text("algorithm: opd\n")
+    assert main(["eval", "finished", "--data", "train.jsonl", "--compare-transformers"]) == 2
+    assert "--compare-transformers: got a run folder; expected a model folder" in capsys.readouterr().err
     assert main(["export", "finished", "student"]) == 2
     assert "DIR: got student, which is not empty; expected a new or empty folder" in capsys.readouterr().err
