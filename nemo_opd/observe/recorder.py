@@ -92,4 +92,4 @@ def _forget_steps(path: Path, first_step: int) -> None:
 def _summary_writer(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
-    return SummaryWriter(log_dir=str(folder), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(log_dir=str(folder), purge_step=first_step + 1)

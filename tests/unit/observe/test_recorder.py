@@ -42,6 +42,17 @@ def test_a_resume_replaces_the_steps_it_repeats(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_a_run_that_starts_over_forgets_every_step(tmp_path):
+    for loss in (1.0, 2.0):  # the second start found no checkpoint
+        recorder = Recorder(tmp_path, 0, rollouts_per_step=0, tensorboard=True)
+        recorder.write(_report(1, loss))
+        recorder.close()
+    assert [line["loss/total"] for line in _lines(tmp_path)] == [2.0]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 2.0)]
+
+
 def test_rollout_samples_show_several_prompts(tmp_path):
     recorder = Recorder(tmp_path, 0, rollouts_per_step=3, tensorboard=False)
     recorder.write_rollouts(1, [make_rollout(i, 4, sample=s, reward=1.0) for i in range(3) for s in (0, 1)])
