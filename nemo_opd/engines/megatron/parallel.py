@@ -11,6 +11,7 @@ so that a teacher with the student's layout holds its answers where the student'
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -30,7 +31,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 def init_distributed(timeout: timedelta = _TIMEOUT) -> None:
-    """Join the default process group from RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them; alone without them.
+    """Join the default process group from the variables that torchrun sets; alone where some are missing.
 
     The group carries CPU tensors over gloo, and CUDA tensors over NCCL where there is CUDA. Does nothing when the
     group exists.
@@ -41,7 +42,7 @@ def init_distributed(timeout: timedelta = _TIMEOUT) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -150,6 +151,7 @@ def destroy_student_groups() -> None:
     parallel_state.destroy_model_parallel()
     while _ours:
         dist.destroy_process_group(_ours.pop())
+    gc.collect()  # models and optimizers hold groups in cycles, and a group's threads end with its last reference
 
 
 _ours: list[dist.ProcessGroup] = []

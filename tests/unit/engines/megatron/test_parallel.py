@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch.distributed as dist
 
@@ -56,3 +60,24 @@ def test_groups_of_four_ranks(ranks4: RankPool) -> None:
     pipeline = ranks4.run(groups_of, 1, 2)
     assert [r["dp"] for r in pipeline] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [r["pp"] for r in pipeline] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+_ALONE = """
+import torch.distributed as dist
+from nemo_opd.engines.megatron.parallel import init_distributed
+init_distributed()
+assert dist.get_world_size() == 1
+"""
+
+
+def test_a_world_size_without_a_rendezvous_is_no_launcher() -> None:
+    """Container platforms set it for programs of their own; `configuration.check.launched_processes` says likewise."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE],
+        env={**environment, "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
