@@ -30,7 +30,8 @@ from nemo_opd.prompts.stream import PromptStream, first_prompts
 from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
-from nemo_opd.teacher.contexts import SamePrompt
+from nemo_opd.teacher.build import build_context
+from nemo_opd.teacher.contexts import TeacherContext
 from nemo_opd.types import Need, Sampling
 from nemo_opd.verify.build import build_verifier
 
@@ -67,7 +68,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         decode=decoder(tokenizer),
         source=build_source(config, tokenizer, generator),
         verifier=build_verifier(config.verify),
-        context=SamePrompt(),
+        context=build_teacher_context(config, tokenizer),
         scorer=scorer,
         loss=loss,
         trainer=trainer,
@@ -139,6 +140,13 @@ def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer,
     if need is Need.FULL:
         trainer.set_teacher_output(model)
     return scorer
+
+
+def build_teacher_context(config: Config, tokenizer: Tokenizer) -> TeacherContext:
+    """What the teacher sees, rendered by its own chat template (`tokenizer` is the student's)."""
+    if config.teacher.model is not None:
+        tokenizer = load_tokenizer(config.teacher.model, "teacher.model")
+    return build_context(config.context, tokenizer, config.run.seed, config.data.answer_key)
 
 
 def build_source(config: Config, tokenizer: Tokenizer, generator: Generator | None) -> RolloutSource:

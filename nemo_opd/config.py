@@ -134,6 +134,51 @@ class SamePromptContext(SlotConfig):
 
 
 @dataclass
+class PrivilegedContext(SlotConfig):
+    """The teacher alone reads privileged information in its prompt (OPSD, arXiv 2605.11182).
+
+    Set one of `field` (an *instance*: this record's hint, solution or answer) and `text` (a *rule* shared by all).
+    What is shared can be learnt by a student that never sees it; what belongs to one record leaves a plateau.
+    """
+
+    name: str = "privileged"
+    field: str | None = None
+    """Key of the record that holds the information; `data.answer_key` names the reference answer."""
+    text: str | None = None
+    """The information itself, the same for every prompt."""
+    place: str = "user"
+    """user: after the last user message; system: in the system message, made where there is none"""
+    template: str = "{privileged}"
+    """The words around it; `{privileged}` stands once for the information."""
+    max_tokens: int = 10240
+    """Tokens of the information beyond which it is cut."""
+    fallback: str = "mask"
+    """For a record without the field. mask: no teacher signal (counted); plain_prompt: what the student saw"""
+
+
+@dataclass
+class PeersContext(SlotConfig):
+    """The teacher reads other attempts at the same prompt, sorted by the verifier (arXiv 2605.12652)."""
+
+    name: str = "peers"
+    variant: str = "contrastive"
+    """contrastive (successes and failures), successes, or a control: random_peer, unrelated_prompt,
+    success_only_matched; see nemo_opd/teacher/peers.py"""
+    success_threshold: float = 1.0
+    """A rollout with at least this reward is a success."""
+    successes: int = 2
+    """How many are shown at most."""
+    failures: int = 1
+    """How many are shown at most (contrastive); one is shown whenever there is one."""
+    hide_success_from_success: bool = False
+    """A rollout that succeeded itself is shown no success."""
+    max_tokens: int = 10240
+    """Tokens of all that is inserted, labels included; longer peers are cut, the longest first."""
+    fallback: str = "mask"
+    """For a rollout without a usable peer. mask: no teacher signal (counted); plain_prompt: what the student saw"""
+
+
+@dataclass
 class ReverseKLLoss(SlotConfig):
     """KL(p || q) over the full vocabulary, exact at every position."""
 
@@ -304,7 +349,7 @@ class PrefixWeight(SlotConfig):
 SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
     "prefix": {"student": StudentPrefix, "dataset": DatasetPrefix},
     "stop": {"default": DefaultStop},
-    "context": {"same_prompt": SamePromptContext},
+    "context": {"same_prompt": SamePromptContext, "privileged": PrivilegedContext, "peers": PeersContext},
     "loss": {
         "reverse_kl": ReverseKLLoss,
         "forward_kl": ForwardKLLoss,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState
@@ -37,6 +38,9 @@ from nemo_opd.types import PackedRow, Prompt, Rollout, ScoreRequest, StepReport,
 from nemo_opd.verify.base import Verifier
 
 log = logging.getLogger(__name__)
+
+Context = tuple[int, ...] | None
+"""What the teacher sees before a response; None where it is not asked."""
 
 
 @dataclass
@@ -104,9 +108,12 @@ def one_step(run: Run) -> StepReport | None:
             return None  # the stream's position in the run's state is still the one before this step
         rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
     replicas = balanced([sequence_length(rollout) for rollout in rollouts], run.place.data_parallel_size)
+    with clock.section("context"):
+        contexts = run.context.context_ids(rollouts)
     with clock.section("score"):
-        scores = {answer.key: answer for answer in scored(run, rollouts, replicas)}
+        scores = {answer.key: answer for answer in scored(run, rollouts, contexts, replicas)}
     with clock.section("pack"):
+        scores |= without_signal(rollouts, contexts)
         batch, trained = train_batch(run, rollouts, scores, replicas[run.place.data_parallel_rank])
     with clock.section("train"):
         stats = run.trainer.train_step(batch)
@@ -122,7 +129,7 @@ def one_step(run: Run) -> StepReport | None:
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **rollout_metrics(rollouts),
-        **token_metrics(run.state, rollouts, trained),
+        **token_metrics(run.state, rollouts, contexts, trained),
         "optimizer/grad_norm": stats.grad_norm,
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),
@@ -146,18 +153,29 @@ def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
         yield rollout
 
 
-def scored(run: Run, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[int]]) -> Iterator[TeacherScores]:
-    """The teacher's answers for the rollouts whose loss this rank computes."""
+def scored(
+    run: Run, rollouts: Sequence[Rollout], contexts: Sequence[Context], replicas: Sequence[Sequence[int]]
+) -> Iterator[TeacherScores]:
+    """The teacher's answers for the rollouts whose loss this rank computes and for which it has a context."""
     if run.scorer is None:
         return iter(())
     consumers = {i: run.place.loss_ranks[replica] for replica, members in enumerate(replicas) for i in members}
-    contexts = run.context.context_ids(rollouts)
     requests = [
-        ScoreRequest(i, contexts[i], rollout.response_ids, consumers[i])
-        for i, rollout in enumerate(rollouts)
-        if len(rollout.response_ids)
+        ScoreRequest(i, context, rollout.response_ids, consumers[i])
+        for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True))
+        if len(rollout.response_ids) and context is not None
     ]
     return run.scorer.score(requests, run.loss.needs)
+
+
+def without_signal(rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> dict[int, TeacherScores]:
+    """Answers without a valid row for the rollouts about which no teacher was asked."""
+    pairs = enumerate(zip(rollouts, contexts, strict=True))
+    return {
+        i: TeacherScores(i, torch.zeros(len(rollout.response_ids), dtype=torch.bool))
+        for i, (rollout, context) in pairs
+        if context is None
+    }
 
 
 def train_batch(
@@ -188,12 +206,20 @@ def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
     return run.processes.sum(counts)
 
 
-def token_metrics(state: RunState, rollouts: Sequence[Rollout], counts: Mapping[str, float]) -> dict[str, float]:
-    """Tokens of this step, and their totals since the start of the run (kept in its state)."""
+def token_metrics(
+    state: RunState, rollouts: Sequence[Rollout], contexts: Sequence[Context], counts: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens of this step, and their totals since the start of the run (kept in its state).
+
+    `without_context` are those that the teacher was not asked about, `dropped` those whose score did not arrive.
+    """
+    pairs = zip(rollouts, contexts, strict=True)
+    silent = float(sum(int(rollout.loss_mask.sum()) for rollout, context in pairs if context is None))
     step = {
         "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts)),
         "trained": max(value for name, value in counts.items() if name != "dropped"),
-        "dropped": counts["dropped"],
+        "dropped": counts["dropped"] - silent,
+        "without_context": silent,
     }
     for name, value in step.items():
         state.counters[name] = state.counters.get(name, 0.0) + value

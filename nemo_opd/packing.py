@@ -8,11 +8,12 @@ the gradient: losses are per token and normalised globally.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nemo_opd.types import PackedRow, Rollout, TeacherScores, TokenBatch
+from nemo_opd.types import Need, PackedRow, Rollout, TeacherNeeds, TeacherScores, TokenBatch
 
 
 def plan_rows(lengths: Sequence[int], capacity: int, packing: bool = True) -> list[list[int]]:
@@ -128,6 +129,30 @@ def _fill_missing(tokens: list[dict[str, Tensor]]) -> None:
             if name not in fields:
                 fields[name] = example.new_zeros(len(fields["ids"]), *example.shape[1:])
                 fields["teacher_valid"] = torch.zeros_like(fields["teacher_valid"])
+
+
+def with_payload(tokens: TokenBatch, needs: TeacherNeeds, hidden: Tensor | None) -> TokenBatch:
+    """A row whose tokens all lack a teacher signal, with the payload that the loss looks for: zeros, never read.
+
+    In other rows `pack` takes the shapes from a neighbour that has one.
+
+    Args:
+        needs: of the loss.
+        hidden: [any, hidden], whose width and dtype the teacher's hidden states have (`Need.FULL`).
+    """
+    count = len(tokens)
+    if needs.need is Need.NOTHING or not count or bool(tokens.teacher_valid.any()):
+        return tokens
+    numbers = tokens.sampler_logprobs.new_zeros(count)
+    if needs.need is Need.FULL:
+        return tokens if hidden is None else replace(tokens, teacher_hidden=hidden.new_zeros(count, hidden.shape[1]))
+    if needs.need is Need.SAMPLED:
+        return replace(tokens, teacher_sampled_logprobs=numbers)
+    return replace(
+        tokens,
+        teacher_ids=tokens.ids.new_zeros(count, needs.k),
+        teacher_id_logprobs=numbers.new_zeros(count, needs.k),
+    )
 
 
 def _empty_row() -> PackedRow:

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reliability": NOUNS,
     "prompts": NOUNS,
     "verify": NOUNS,
-    "teacher": {"engines.protocols", *NOUNS},
+    "teacher": {"engines.protocols", "prompts", "rollout.seeds", *NOUNS},
     "rollout": {"engines.protocols", *NOUNS},
     "observe": NOUNS,
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},

@@ -14,7 +14,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from nemo_opd.config import Config, DatasetPrefix, LayoutConfig, PrefixWeight
+from nemo_opd.config import (
+    Config,
+    DatasetPrefix,
+    LayoutConfig,
+    PeersContext,
+    PrefixWeight,
+    PrivilegedContext,
+    SamePromptContext,
+)
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
 from nemo_opd.errors import ConfigError
 
@@ -27,6 +35,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_malformed": ("error", "skip"),
     "verify.name": ("none", "exact", "integer", "math"),
     "optimizer.decay": ("constant", "linear", "cosine"),
+    "context.variant": ("contrastive", "successes", "random_peer", "unrelated_prompt", "success_only_matched"),
+    "context.place": ("user", "system"),
+    "context.fallback": ("mask", "plain_prompt"),
     "loss.support": ("student", "teacher", "union", "intersection"),
     "loss.teacher": ("full", "scores"),
     "loss.divergence": ("reverse", "forward", "jsd"),
@@ -49,6 +60,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.top_k": (0, math.inf),
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
+    "context.max_tokens": (1, math.inf),
+    "context.success_threshold": (1e-6, 1),
+    "context.successes": (1, math.inf),
+    "context.failures": (1, math.inf),
     "loss.clip_ratio": (1e-6, 1 - 1e-6),
     "loss.advantage_clip": (1e-6, math.inf),
     "loss.advantage_floor": (1e-6, 1 - 1e-6),
@@ -94,6 +109,7 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         _ranges,
         _teacher,
         _written_responses,
+        _context,
         _importance,
         _served_scores,
         _prefix_weight,
@@ -203,6 +219,45 @@ def _written_responses(config: Config) -> None:
                 f"a {slot} that does not ask how probable a token was when it was drawn, as the data set wrote it"
             )
             raise ConfigError(f"{slot}.name", choice.name, expected, way_out)
+
+
+def _context(config: Config) -> None:
+    """A context other than the student's own prompt needs a teacher to read it and a conversation to stand in."""
+    context = config.context
+    if isinstance(context, SamePromptContext):
+        return
+    if not config.loss.needs_teacher:
+        expected = f"same_prompt, as loss {config.loss.name} asks no teacher"
+        raise ConfigError("context.name", context.name, expected, "leave it out or choose a loss with a teacher")
+    if not config.data.chat_template:
+        way_out = "set data.chat_template=true, or context=same_prompt"
+        raise ConfigError("data.chat_template", False, f"true, as context {context.name} adds to a message", way_out)
+    if isinstance(context, PrivilegedContext):
+        _privileged(context)
+    if isinstance(context, PeersContext):
+        _peers(config, context)
+
+
+def _privileged(context: PrivilegedContext) -> None:
+    if (context.field is None) == (context.text is None):
+        got = "nothing" if context.field is None else "a field besides context.text"
+        expected = "either a field of the records or one text for all"
+        raise ConfigError("context.field", got, expected, "set context.field or context.text, not both")
+    if context.template.count("{privileged}") != 1:
+        way_out = 'for example context.template="A correct answer is {privileged}"'
+        raise ConfigError("context.template", repr(context.template), "{privileged} exactly once", way_out)
+
+
+def _peers(config: Config, context: PeersContext) -> None:
+    if config.rollout.samples_per_prompt < 2:
+        got, expected = config.rollout.samples_per_prompt, "at least 2, as peers are other rollouts of the same prompt"
+        raise ConfigError("rollout.samples_per_prompt", got, expected, "set it to 8, for example")
+    if config.verify.name == "none":
+        way_out = "set verify.name (exact, integer or math), or context=same_prompt"
+        raise ConfigError("verify.name", "none", "a verifier, as peers are chosen by their reward", way_out)
+    if context.variant == "unrelated_prompt" and config.train.prompts_per_step < 2:
+        got, expected = config.train.prompts_per_step, "at least 2, as peers come from another prompt of the step"
+        raise ConfigError("train.prompts_per_step", got, expected, "raise it or choose another context.variant")
 
 
 def _importance(config: Config) -> None:
@@ -335,6 +390,12 @@ def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
                 got = f"{new_tokens} after a prompt of up to {config.data.max_prompt_tokens}"
                 expected = f"together at most the {model.positions} positions of the {who}"
                 raise ConfigError(key, got, expected, "lower it or data.max_prompt_tokens")
+    inserted = getattr(config.context, "max_tokens", 0)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if inserted and "teacher" in models and longest + inserted > (models["teacher"].positions or math.inf):
+        got = f"{inserted} besides up to {longest} of prompt and response"
+        expected = f"together at most the {models['teacher'].positions} positions of the teacher"
+        raise ConfigError("context.max_tokens", got, expected, "lower it")
 
 
 def _divisors(number: int) -> str:

@@ -107,6 +107,11 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int,
     Raises:
         ConfigError: the tokenizer has no chat template, or the template refuses the conversation.
     """
+    return tuple(tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"])
+
+
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The text that `render_chat` tokenises; raises what it raises."""
     import jinja2
 
     if not tokenizer.chat_template:
@@ -121,7 +126,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int,
             "data.chat_template", f"a template error ({error})", "messages that the template accepts",
             "check the roles and their order, or drop data.system_prompt if the template has no system role",
         ) from error  # fmt: skip
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return str(text)
 
 
 def render_text(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nemo_opd.packing import pack, plan_rows, sequence_length
-from nemo_opd.types import TeacherScores
+from nemo_opd.packing import pack, plan_rows, sequence_length, with_payload
+from nemo_opd.types import Need, TeacherNeeds, TeacherScores
 from tests.helpers.rollouts import make_rollout
 
 
@@ -69,3 +69,36 @@ def test_a_replica_without_work_gets_an_empty_row():
     assert len(rows) == 1
     assert len(rows[0].tokens) == 0
     assert rows[0].input_ids.numel() == 1
+
+
+def test_a_row_of_nothing_but_tokens_without_a_signal_gets_a_payload():
+    rollout = make_rollout(0, 6)
+    silent = TeacherScores(0, torch.zeros(6, dtype=torch.bool))
+    [row] = pack([rollout], {0: silent}, [0], [0.0], capacity=64)
+    count = int(rollout.loss_mask.sum())
+    assert row.tokens.teacher_valid.tolist() == [False] * count
+    assert row.tokens.teacher_hidden is None
+    like = torch.ones(9, 5, dtype=torch.bfloat16)
+    full = with_payload(row.tokens, TeacherNeeds(Need.FULL), like)
+    assert full.teacher_hidden is not None
+    assert (full.teacher_hidden.shape, full.teacher_hidden.dtype) == ((count, 5), torch.bfloat16)
+    sampled = with_payload(row.tokens, TeacherNeeds(Need.SAMPLED), None)
+    assert sampled.teacher_sampled_logprobs is not None
+    assert sampled.teacher_sampled_logprobs.shape == (count,)
+    for need in (Need.AT_IDS, Need.TOP_K):
+        few = with_payload(row.tokens, TeacherNeeds(need, k=3), None)
+        assert few.teacher_ids is not None
+        assert few.teacher_id_logprobs is not None
+        assert (few.teacher_ids.shape, few.teacher_id_logprobs.shape) == ((count, 3), (count, 3))
+    assert with_payload(row.tokens, TeacherNeeds(Need.NOTHING), None) is row.tokens
+
+
+def test_a_row_with_a_signal_keeps_its_payload():
+    rollouts = [make_rollout(0, 6), make_rollout(1, 5)]
+    scores = {
+        0: TeacherScores(0, torch.zeros(6, dtype=torch.bool)),
+        1: TeacherScores(1, torch.ones(5, dtype=torch.bool), hidden=torch.ones(5, 4)),
+    }
+    [row] = pack(rollouts, scores, [0, 1], [0.0, 0.0], capacity=64)
+    assert with_payload(row.tokens, TeacherNeeds(Need.FULL), torch.ones(1, 4)) is row.tokens
+    assert torch.equal(row.tokens.teacher_valid, row.tokens.sequence == 1)

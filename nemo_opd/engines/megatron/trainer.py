@@ -33,6 +33,7 @@ from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule,
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
 from nemo_opd.engines.protocols import NamedTensor, Place
+from nemo_opd.packing import with_payload
 from nemo_opd.types import PackedRow, TrainBatch, TrainStats
 from nemo_opd.vocab.fused import fused_loss
 from nemo_opd.vocab.output import OutputLayer
@@ -161,7 +162,8 @@ class MegatronTrainer:
         self, row: PackedRow, normalisers: Mapping[str, float], output: Tensor
     ) -> tuple[Tensor, Tensor, Sums]:
         """(loss, token count that nobody divides by, sums), the three-tuple of `calculate_per_token_loss`."""
-        tokens = row.tokens.to(output.device)
+        teacher_weight = None if self._teacher_output is None else self._teacher_output.weight
+        tokens = with_payload(row.tokens, self._loss.needs, teacher_weight).to(output.device)
         fused = fused_loss(
             self._loss,
             self.model.last_hidden(output).index_select(0, tokens.position),

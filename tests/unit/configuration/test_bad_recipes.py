@@ -143,6 +143,31 @@ CASES = [
         "importance ratio (loss=reverse_kl, weight=unit)", ("prefix=dataset", "loss=policy_gradient")),
     Bad("importance_ratio_twice", "weight.name: got tis; expected unit with loss.importance_ratio=sampler; set "
         "loss.importance_ratio=none, or the ratio is applied twice", ("loss=policy_gradient", "weight=tis")),
+    Bad("nothing_privileged", "context.field: got nothing; expected either a field of the records or one text for all; "
+        "set context.field or context.text, not both", ("context=privileged", "context.max_tokens=64")),
+    Bad("privileged_twice", "context.field: got a field besides context.text; expected either a field of the records "
+        "or one text for all", ("context=privileged", "context.max_tokens=64", "context.field=a", "context.text=b")),
+    Bad("privileged_without_its_place", "context.template: got 'Be brief.'; expected {privileged} exactly once; for "
+        "example context.template=", ("context=privileged", "context.text=x", "context.template=Be brief.")),
+    Bad("context_without_teacher", "context.name: got peers; expected same_prompt, as loss cross_entropy asks no "
+        "teacher; leave it out or choose a loss with a teacher", ("algorithm=sft", "teacher.engine=none",
+                                                                  "context=peers")),
+    Bad("context_without_chat_template", "data.chat_template: got False; expected true, as context peers adds to a "
+        "message; set data.chat_template=true, or context=same_prompt", ("context=peers", "data.chat_template=false")),
+    Bad("peers_of_one", "rollout.samples_per_prompt: got 1; expected at least 2, as peers are other rollouts of the "
+        "same prompt; set it to 8, for example", ("context=peers",)),
+    Bad("peers_without_verifier", "verify.name: got none; expected a verifier, as peers are chosen by their reward; "
+        "set verify.name (exact, integer or math), or context=same_prompt",
+        ("context=peers", "rollout.samples_per_prompt=4")),
+    Bad("unrelated_peers_of_one_prompt", "train.prompts_per_step: got 1; expected at least 2, as peers come from "
+        "another prompt of the step; raise it or choose another context.variant",
+        ("context=peers", "context.variant=unrelated_prompt", "rollout.samples_per_prompt=4", "verify.name=exact",
+         "train.prompts_per_step=1")),
+    Bad("unknown_peers", "context.variant: got best; expected one of contrastive, successes, random_peer, "
+        "unrelated_prompt, success_only_matched; choose one of these", ("context=peers", "context.variant=best")),
+    Bad("context_longer_than_the_teacher", "context.max_tokens: got 10240 besides up to 128 of prompt and response; "
+        "expected together at most the 256 positions of the teacher; lower it",
+        ("context=peers", "rollout.samples_per_prompt=4", "verify.name=exact")),
     Bad("mixture_out_of_range", "loss.beta: got 1.5; expected a value from 0 to 1; change the value",
         ("loss=jsd", "loss.beta=1.5")),
     Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "
