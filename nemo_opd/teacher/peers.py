@@ -10,7 +10,8 @@ and controls, each of which changes one thing about `contrastive` and is silent 
 
     random_peer            the same slots and labels, filled from the group whatever the rewards
     unrelated_prompt       the same slots, filled with successes and failures of *other* prompts of the step (as many
-                           as these have)
+                           as these have; the authors' README says successes in every slot, which would put
+                           successes under the label of a failure)
     success_only_matched   successes of the same prompt up to exactly as many tokens, shown again when they run out
                            (silent where there is no success)
 
