@@ -13,7 +13,7 @@ from nemo_opd.vocab.collectives import Pending
 from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.shard import VocabShard
-from nemo_opd.vocab.statistics import Statistics
+from nemo_opd.vocab.statistics import Scratch, Statistics
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """By name: detached values [tokens], and bool [tokens] where they count."""
@@ -40,6 +40,7 @@ class Chunk:
     """[tokens] what `objective.prepare` found for the whole row"""
     scale: float
     gradient: bool
+    scratch: Scratch
 
     def weights(self, scores: SampledScores) -> tuple[dict[str, Tensor], Metrics]:
         """For each component the factor of every token's loss (mask x weight), and the weight's metrics."""

@@ -25,25 +25,29 @@ from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
 from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.objective import FullDivergence
-from nemo_opd.vocab.statistics import Statistics, combine, local_statistics, row_blocks, row_dot
+from nemo_opd.vocab.statistics import Scratch, Statistics, combine, local_statistics, row_blocks, row_dot
 
 TINY = 1e-37
 """Least mixture probability whose logarithm is taken; what lies below is smaller than any number that meets it."""
+
+
+KEEP = {"reverse": "ratio", "forward": "softmaxes"}
 
 
 def divergence_chunk(chunk: Chunk, spec: FullDivergence) -> Method:
     """Value and gradient of one chunk. The student's buffer ends up holding the gradient; the teacher's is used up."""
     student, teacher = chunk.student, chunk.teacher
     assert teacher is not None
-    pending = collectives.start_gather(
-        local_statistics(student, teacher, chunk.tokens.ids, chunk.shard), chunk.shard.group
+    fields, maxima = local_statistics(
+        student, teacher, chunk.tokens.ids, chunk.shard, chunk.scratch, KEEP.get(spec.kind, "logits")
     )
+    pending = collectives.start_gather(fields, chunk.shard.group)
     yield pending
     found = combine(pending.wait())
     assert found.kl is not None and found.forward_kl is not None and found.teacher_logsumexp is not None
     sums = None
     if spec.mixes:
-        parts = _mixture_sums(student, teacher, found, spec)
+        parts = _mixture_sums(chunk, found, spec)
         pending = collectives.start_all_reduce(parts, chunk.shard.group)
         yield pending
         sums = pending.wait()
@@ -54,7 +58,7 @@ def divergence_chunk(chunk: Chunk, spec: FullDivergence) -> Method:
     if chunk.gradient:
         coefficient = weights[name] * (chunk.scale / chunk.normalisers[name])
         coefficient = torch.where(chunk.masks[name], coefficient, 0.0)
-        _gradient(student, teacher, found, inner, coefficient, spec)
+        _gradient(chunk, found, maxima, inner, coefficient, spec)
     return ChunkResult(
         losses={name: value},
         weights=weights,
@@ -77,47 +81,50 @@ def _value(found: Statistics, sums: Tensor | None, spec: FullDivergence) -> tupl
     return (sums[1], sums[0]) if spec.kind == "skew_forward" else (sums[0], sums[0])
 
 
-def _log_parts(
-    student: Tensor, teacher: Tensor, found: Statistics, rows: slice, spec: FullDivergence
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(p, q, log p, log q, log m) of some rows."""
-    assert found.teacher_logsumexp is not None
-    log_p = student[rows] - found.student_logsumexp[rows].unsqueeze(1)
-    log_q = teacher[rows] - found.teacher_logsumexp[rows].unsqueeze(1)
-    p, q = log_p.exp(), log_q.exp()
-    log_m = torch.lerp(p, q, spec.teacher_share).clamp_min_(TINY).log_()
-    return p, q, log_p, log_q, log_m
-
-
-def _mixture_sums(student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence) -> Tensor:
+def _mixture_sums(chunk: Chunk, found: Statistics, spec: FullDivergence) -> Tensor:
     """[2, tokens] over this rank's columns: sum of p log(p/m) and of q log(q/m); for skew_forward the first is
     sum of p G = -(1-a) sum of p q / m."""
+    student, teacher = chunk.student, chunk.teacher
+    assert teacher is not None
     if student.shape[1] == 0:
         return student.new_zeros(2, student.shape[0])
     if (kernels := kernels_for(student)) is not None:
         return kernels.mixture_sums(
             student, teacher, found.student_logsumexp, found.teacher_logsumexp, spec.kind, spec.mix, spec.teacher_share
         )
-    return eager_mixture_sums(student, teacher, found, spec)
+    return eager_mixture_sums(student, teacher, found, spec, chunk.scratch)
 
 
-def eager_mixture_sums(student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence) -> Tensor:
+def eager_mixture_sums(
+    student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence, scratch: Scratch
+) -> Tensor:
+    """The same; leaves log(p/m) (skew_forward: p G) and p in the buffers, for the gradient."""
+    assert found.teacher_logsumexp is not None
     sums = student.new_zeros(2, student.shape[0])
     for rows in row_blocks(student):
-        p, q, log_p, log_q, log_m = _log_parts(student, teacher, found, rows, spec)
-        if spec.kind == "skew_forward":
-            sums[0, rows] = row_dot(log_p.sub_(log_m).exp_(), q).mul_(spec.mix - 1.0)
-        else:
-            sums[0, rows] = row_dot(p, log_p.sub_(log_m))
+        log_p = student[rows].sub_(found.student_logsumexp[rows].unsqueeze(1))
+        log_q = teacher[rows].sub_(found.teacher_logsumexp[rows].unsqueeze(1))
+        p, q = (torch.exp(t, out=scratch.take(i, t)) for i, t in enumerate((log_p, log_q)))
+        log_m, spare = torch.lerp(p, q, spec.teacher_share, out=scratch.take(2, p)), scratch.take(3, p)
+        log_m.clamp_(min=TINY).log_()
         if spec.kind != "skew_reverse":
-            sums[1, rows] = row_dot(q, log_q.sub_(log_m))
+            sums[1, rows] = row_dot(q, log_q.sub_(log_m), spare)
+        over_mixture = log_p.sub_(log_m)
+        if spec.kind == "skew_forward":
+            p_times_g = over_mixture.exp_().mul_(q).mul_(spec.mix - 1.0)
+            sums[0, rows] = p_times_g.sum(1)
+        else:
+            sums[0, rows] = row_dot(p, over_mixture, spare)
+        teacher[rows] = p
     return sums
 
 
 def _gradient(
-    student: Tensor, teacher: Tensor, found: Statistics, inner: Tensor, coefficient: Tensor, spec: FullDivergence
+    chunk: Chunk, found: Statistics, maxima: Tensor, inner: Tensor, coefficient: Tensor, spec: FullDivergence
 ) -> None:
     """student <- coefficient (p G - p inner)"""
+    student, teacher = chunk.student, chunk.teacher
+    assert teacher is not None
     if student.shape[1] == 0:
         return
     if (kernels := kernels_for(student)) is not None:
@@ -126,29 +133,33 @@ def _gradient(
             spec.teacher_share,
         )  # fmt: skip
     else:
-        eager_gradient(student, teacher, found, inner, coefficient, spec)
+        eager_gradient(student, teacher, found, maxima, inner, coefficient, spec)
 
 
 def eager_gradient(
-    student: Tensor, teacher: Tensor, found: Statistics, inner: Tensor, coefficient: Tensor, spec: FullDivergence
+    student: Tensor,
+    teacher: Tensor,
+    found: Statistics,
+    maxima: Tensor,
+    inner: Tensor,
+    coefficient: Tensor,
+    spec: FullDivergence,
 ) -> None:
+    """The same from what the statistics (reverse, forward) or the mixture sums left in the buffers: no exponential and
+    no logarithm of their size is left to take."""
+    assert found.teacher_logsumexp is not None
+    # exp(z - m) times this is p: m and the normaliser are of the rank and of the whole.
+    p_scale = (maxima[0] - found.student_logsumexp).exp() * coefficient
+    q_scale = (maxima[1] - found.teacher_logsumexp).exp() * coefficient
+    shift = (maxima[0] - found.student_logsumexp) - (maxima[1] - found.teacher_logsumexp) - inner
     for rows in row_blocks(student):
-        z, factor, centre = student[rows], coefficient[rows].unsqueeze(1), inner[rows].unsqueeze(1)
+        first, second = student[rows], teacher[rows]
         if spec.kind == "reverse":
-            assert found.teacher_logsumexp is not None
-            shift = (found.teacher_logsumexp - found.student_logsumexp)[rows].unsqueeze(1) - centre
-            log_ratio = torch.sub(z, teacher[rows], out=teacher[rows]).add_(shift).mul_(factor)
-            z.sub_(found.student_logsumexp[rows].unsqueeze(1)).exp_().mul_(log_ratio)
+            first.mul_(second.add_(shift[rows].unsqueeze(1)).mul_(p_scale[rows].unsqueeze(1)))
         elif spec.kind == "forward":
-            assert found.teacher_logsumexp is not None
-            q = teacher[rows].sub_(found.teacher_logsumexp[rows].unsqueeze(1)).exp_()
-            z.sub_(found.student_logsumexp[rows].unsqueeze(1)).exp_().sub_(q).mul_(factor)
+            first.mul_(p_scale[rows].unsqueeze(1)).sub_(second.mul_(q_scale[rows].unsqueeze(1)))
+        elif spec.kind == "skew_forward":
+            first.sub_(second.mul_(inner[rows].unsqueeze(1))).mul_(coefficient[rows].unsqueeze(1))
         else:
-            p, q, log_p, _, log_m = _log_parts(student, teacher, found, rows, spec)
-            if spec.kind == "skew_forward":
-                inside = log_p.sub_(log_m).exp_().mul_(q).mul_(spec.mix - 1.0)
-                torch.sub(inside, p.mul_(centre), out=z).mul_(factor)
-            else:
-                share = 1.0 - spec.mix if spec.kind == "jsd" else 1.0
-                log_p.sub_(log_m).mul_(share).sub_(centre).mul_(factor)
-                torch.mul(p, log_p, out=z)
+            share = 1.0 - spec.mix if spec.kind == "jsd" else 1.0
+            first.mul_(share).sub_(inner[rows].unsqueeze(1)).mul_(coefficient[rows].unsqueeze(1)).mul_(second)

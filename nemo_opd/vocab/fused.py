@@ -29,7 +29,7 @@ from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
 from nemo_opd.vocab.output import OutputLayer, WeightGradient, hidden_gradient, logits_into
 from nemo_opd.vocab.reduced import reduced_chunk
 from nemo_opd.vocab.row import gather_row
-from nemo_opd.vocab.statistics import Statistics, combine, local_statistics
+from nemo_opd.vocab.statistics import Scratch, Statistics, combine, local_statistics
 
 __all__ = ["FusedLoss", "OutputLayer", "fused_loss"]
 
@@ -209,7 +209,7 @@ class _Job:
         for part in parts:
             student, following = following, None
             assert student is not None
-            method = self._method(self._chunk(part, student, buffers.teacher, row, gradient))
+            method = self._method(self._chunk(part, student, buffers, row, gradient))
             next(method, None)
             if ahead:
                 following = next(students, None)
@@ -242,13 +242,11 @@ class _Job:
             return reduced_chunk(chunk, self.loss.few)
         return generic_chunk(chunk)
 
-    def _chunk(
-        self, part: slice, student: Tensor, teacher_buffer: Tensor | None, row: _WholeRow, gradient: bool
-    ) -> Chunk:
+    def _chunk(self, part: slice, student: Tensor, buffers: _Buffers, row: _WholeRow, gradient: bool) -> Chunk:
         original = self.tokens.select(part)
         return Chunk(
             student=student,
-            teacher=self._teacher_logits(part, teacher_buffer),
+            teacher=self._teacher_logits(part, buffers.teacher),
             shard=self.output.shard,
             tokens=_neutral(original),
             masks=self.loss.component_masks(original),
@@ -259,6 +257,7 @@ class _Job:
             prepared=None if row.prepared is None else row.prepared[part],
             scale=self.scale,
             gradient=gradient,
+            scratch=buffers.scratch,
         )
 
     def _whole_row(self, hidden: Tensor) -> _WholeRow:
@@ -272,7 +271,8 @@ class _Job:
         for part in self._parts():
             student = self._student_logits(part, hidden, buffers.student(0))
             teacher = self._teacher_logits(part, buffers.teacher)
-            fields = local_statistics(student, teacher, self.tokens.ids[part], self.output.shard)
+            ids = self.tokens.ids[part]
+            fields, _ = local_statistics(student, teacher, ids, self.output.shard, buffers.scratch)
             found.append(combine(collectives.gather(fields, self.output.shard.group)))
         tokens, scores, mine = gather_row(_neutral(self.tokens), self._row_scores(found), self.sequence_group)
         # A gathered row knows no more which of its tokens count than `teacher_valid` says: a zero served is missing.
@@ -328,6 +328,7 @@ class _Buffers:
             return torch.empty(shape, dtype=job.output.logits_dtype, device=device)
 
         self._students = [make() for _ in range(students)]
+        self.scratch = Scratch()
         self.teacher = make() if job.loss.needs.need == Need.FULL else None
 
     def student(self, chunk: int) -> Tensor:

@@ -21,9 +21,8 @@ def generic_chunk(chunk: Chunk) -> Method:
     of them of the vocabulary's size). Memory: a few more buffers of chunk x local vocabulary.
     """
     # Gradient mode is switched on only after the last yield: a generator would leak it to its caller.
-    pending = collectives.start_gather(
-        local_statistics(chunk.student, chunk.teacher, chunk.tokens.ids, chunk.shard), chunk.shard.group
-    )
+    fields, _ = local_statistics(chunk.student, chunk.teacher, chunk.tokens.ids, chunk.shard, chunk.scratch)
+    pending = collectives.start_gather(fields, chunk.shard.group)
     yield pending
     found = combine(pending.wait())
     scores = chunk.scores(found)

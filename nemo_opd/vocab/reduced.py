@@ -111,7 +111,7 @@ def _merge(candidates: Tensor, by_teacher: bool, k: int) -> tuple[Tensor, Tensor
 
 
 def _pack(chunk: Chunk, spec: FewNumbers) -> _Packed:
-    fields = local_statistics(chunk.student, chunk.teacher, chunk.tokens.ids, chunk.shard)
+    fields, _ = local_statistics(chunk.student, chunk.teacher, chunk.tokens.ids, chunk.shard, chunk.scratch)
     models = [chunk.student] if chunk.teacher is None else [chunk.student, chunk.teacher]
     parts = [fields]
     given = chunk.tokens.teacher_ids if spec.choice in ("served", "student_in_served") else None
@@ -199,7 +199,7 @@ def _local_tails(chunk: Chunk, support: Support) -> Tensor:
     for logits in models:
         kept = columns.read(logits)
         columns.write(logits, torch.full_like(kept, -torch.inf))
-        tails.append(blocked_logsumexp(logits))
+        tails.append(blocked_logsumexp(logits, chunk.scratch))
         columns.write(logits, kept)
     return torch.stack(tails)
 

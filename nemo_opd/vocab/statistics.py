@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_opd.vocab.collectives import local_logsumexp
 from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.shard import VocabShard
 
-CACHED_ELEMENTS = 1 << 17
-"""Elements of one tensor that are worked on at a time on the CPU (half a megabyte in float32)."""
+CACHED_ELEMENTS = 1 << 18
+"""Elements of one tensor that are worked on at a time on the CPU (a megabyte in float32)."""
 
 
 def row_blocks(logits: Tensor) -> Iterator[slice]:
@@ -37,13 +36,24 @@ def row_blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum over columns of a * b, [tokens], without a third tensor of their size."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+class Scratch:
+    """A few cache-sized blocks that are used again and again: fresh memory costs page faults, which on the CPU take
+    longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Tensor] = {}
+
+    def take(self, number: int, like: Tensor) -> Tensor:
+        """Block `number`, of the shape of `like`; its contents are whatever was left there."""
+        block = self._blocks.get(number)
+        if block is None or block.shape[0] < like.shape[0] or block.shape[1:] != like.shape[1:]:
+            block = self._blocks[number] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return block[: like.shape[0]]
 
 
-STUDENT_FIELDS = ("logsumexp", "entropy", "written")
-TEACHER_FIELDS = ("logsumexp", "entropy", "written", "kl", "forward_kl")
+def row_dot(a: Tensor, b: Tensor, spare: Tensor) -> Tensor:
+    """sum over columns of a * b, [tokens]; `spare` is overwritten."""
+    return torch.mul(a, b, out=spare).sum(1)
 
 
 @dataclass(frozen=True)
@@ -63,54 +73,76 @@ class Statistics:
     """KL(q || p)"""
 
 
-def local_statistics(student: Tensor, teacher: Tensor | None, ids: Tensor, shard: VocabShard) -> Tensor:
-    """[3 or 8, tokens] of this rank's columns: logsumexp, conditional entropy and the written token's logit (0 where
-    another rank holds it) of the student, the same of the teacher, and both conditional KL divergences."""
-    fields = student.new_zeros(3 if teacher is None else 8, student.shape[0])
+KEEP = ("logits", "ratio", "softmaxes")
+"""What the buffers hold after the statistics: the logits as before; or, centred on this rank's maxima m, exp(z_p - m_p)
+and the log-ratio (z_p - m_p) - (z_q - m_q); or exp(z_p - m_p) and exp(z_q - m_q). Saves exponentials in backward."""
+
+
+def local_statistics(
+    student: Tensor,
+    teacher: Tensor | None,
+    ids: Tensor,
+    shard: VocabShard,
+    scratch: Scratch | None = None,
+    keep: str = "logits",
+) -> tuple[Tensor, Tensor]:
+    """([3 or 8, tokens], [2, tokens]) of this rank's columns.
+
+    First logsumexp, conditional entropy and the written token's logit (0 where another rank holds it) of the student,
+    the same of the teacher, and the conditional divergences KL(p || q) and KL(q || p) (the latter only with `keep`
+    "softmaxes" or "logits"); then the maxima, which only the eager functions know.
+    """
+    fields, maxima = student.new_zeros(3 if teacher is None else 8, student.shape[0]), student.new_zeros(2, len(ids))
     if shard.valid == 0:
         fields[0].fill_(-torch.inf)
         if teacher is not None:
             fields[3].fill_(-torch.inf)
-        return fields
-    if (kernels := kernels_for(student)) is not None:
-        kernels.statistics(student, teacher, fields)
-    else:
-        eager_statistics(student, teacher, fields)
+        return fields, maxima
     columns, here = shard.local(ids)
     for field, logits in ((2, student), (5, teacher)):
         if logits is not None:
             fields[field] = torch.where(here, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
-    return fields
+    if (kernels := kernels_for(student)) is not None:
+        kernels.statistics(student, teacher, fields)
+    else:
+        eager_statistics(student, teacher, fields, maxima, scratch or Scratch(), keep)
+    return fields, maxima
 
 
-def eager_statistics(student: Tensor, teacher: Tensor | None, fields: Tensor) -> None:
-    """Fill `fields` [3 or 8, tokens], except what concerns the written tokens."""
+def eager_statistics(
+    student: Tensor, teacher: Tensor | None, fields: Tensor, maxima: Tensor, scratch: Scratch, keep: str = "logits"
+) -> None:
+    """Fill `fields` [3 or 8, tokens], except what concerns the written tokens, and `maxima` [2, tokens]."""
+    assert keep in KEEP
     for rows in row_blocks(student):
-        _row_statistics(student[rows], None if teacher is None else teacher[rows], fields[:, rows])
+        other = None if teacher is None else teacher[rows]
+        _row_statistics(student[rows], other, fields[:, rows], maxima[:, rows], scratch, keep)
 
 
-def _row_statistics(student: Tensor, teacher: Tensor | None, out: Tensor) -> None:
-    centred_p, e_p, sum_p, top_p = _softmax_parts(student)
+def _row_statistics(
+    student: Tensor, teacher: Tensor | None, out: Tensor, maxima: Tensor, scratch: Scratch, keep: str
+) -> None:
+    spare = scratch.take(0, student)
+    maxima[0] = student.amax(1)
+    centred_p = torch.sub(student, maxima[0].unsqueeze(1), out=scratch.take(1, student))
+    e_p = torch.exp(centred_p, out=scratch.take(2, student) if keep == "logits" else student)
+    sum_p = e_p.sum(1)
     log_sum_p = sum_p.log()
-    out[0] = top_p + log_sum_p
-    out[1] = log_sum_p - row_dot(e_p, centred_p) / sum_p
+    out[0] = maxima[0] + log_sum_p
+    out[1] = log_sum_p - row_dot(e_p, centred_p, spare) / sum_p
     if teacher is None:
         return
-    centred_q, e_q, sum_q, top_q = _softmax_parts(teacher)
+    maxima[1] = teacher.amax(1)
+    centred_q = torch.sub(teacher, maxima[1].unsqueeze(1), out=teacher if keep == "ratio" else scratch.take(3, student))
+    e_q = torch.exp(centred_q, out=teacher if keep == "softmaxes" else scratch.take(4, student))
+    sum_q = e_q.sum(1)
     log_sum_q = sum_q.log()
-    out[3] = top_q + log_sum_q
-    out[4] = log_sum_q - row_dot(e_q, centred_q) / sum_q
-    difference = centred_p.sub_(centred_q)
-    out[6] = row_dot(e_p, difference) / sum_p - log_sum_p + log_sum_q
-    out[7] = log_sum_p - log_sum_q - row_dot(e_q, difference) / sum_q
-
-
-def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z - max, exp of that, its sum, max)"""
-    top = logits.amax(1)
-    centred = logits - top.unsqueeze(1)
-    exponentials = centred.exp()
-    return centred, exponentials, exponentials.sum(1), top
+    out[3] = maxima[1] + log_sum_q
+    out[4] = log_sum_q - row_dot(e_q, centred_q, spare) / sum_q
+    ratio = torch.sub(centred_p, centred_q, out=centred_q)
+    out[6] = row_dot(e_p, ratio, spare) / sum_p - log_sum_p + log_sum_q
+    if keep != "ratio":
+        out[7] = log_sum_p - log_sum_q - row_dot(e_q, ratio, spare) / sum_q
 
 
 def combine(fields: Tensor) -> Statistics:
@@ -143,10 +175,15 @@ def _shares(local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole, torch.where(log_share.isfinite(), log_share, 0.0), log_share.exp()
 
 
-def blocked_logsumexp(logits: Tensor) -> Tensor:
-    """logsumexp over this rank's columns, [tokens], a block of rows at a time."""
+def blocked_logsumexp(logits: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """logsumexp over this rank's columns, [tokens], a block of rows at a time; -inf where all of them are -inf."""
     if (kernels := kernels_for(logits)) is not None:
         fields = logits.new_empty(3, logits.shape[0])
         kernels.statistics(logits, None, fields)
         return fields[0]
-    return torch.cat([local_logsumexp(logits[rows]) for rows in row_blocks(logits)] or [logits.new_empty(0)])
+    result, scratch = logits.new_empty(logits.shape[0]), scratch or Scratch()
+    for rows in row_blocks(logits):
+        top = logits[rows].amax(1).clamp_(min=torch.finfo(logits.dtype).min)
+        centred = torch.sub(logits[rows], top.unsqueeze(1), out=scratch.take(0, logits[rows]))
+        result[rows] = centred.exp_().sum(1).log_().add_(top)
+    return result

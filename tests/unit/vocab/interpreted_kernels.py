@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nemo_opd.vocab import triton_kernels
-from nemo_opd.vocab.divergence import eager_gradient, eager_mixture_sums
+from nemo_opd.vocab.divergence import KEEP, eager_gradient, eager_mixture_sums
 from nemo_opd.vocab.objective import FullDivergence
 from nemo_opd.vocab.reduced import eager_scaled_softmax
 from nemo_opd.vocab.shard import dense_shard
-from nemo_opd.vocab.statistics import combine, eager_statistics, local_statistics
+from nemo_opd.vocab.statistics import Scratch, combine, eager_statistics, local_statistics
 
 KINDS = [
     FullDivergence("reverse"),
@@ -43,7 +43,7 @@ def test_statistics(scale):
     for other, fields in ((teacher, 8), (None, 3)):
         got, expected = torch.zeros(fields, 3), torch.zeros(fields, 3)
         triton_kernels.statistics(student, other, got)
-        eager_statistics(student, other, expected)
+        eager_statistics(student, other, expected, torch.zeros(2, 3), Scratch())
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -59,16 +59,18 @@ def test_statistics_of_columns_that_are_left_out():
 def test_mixture_sums_and_gradient(spec):
     student, teacher = logits()
     written = torch.zeros(3, dtype=torch.int64)
-    found = combine(local_statistics(student, teacher, written, dense_shard(150)).unsqueeze(0))
+    keep = KEEP.get(spec.kind, "logits")
+    expected, theirs = student.clone(), teacher.clone()
+    fields, maxima = local_statistics(expected, theirs, written, dense_shard(150), keep=keep)
+    found = combine(fields.unsqueeze(0))
     inner, coefficient = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([1.0, 0.0, 0.25])
     lse = (found.student_logsumexp, found.teacher_logsumexp)
     if spec.mixes:
         got = triton_kernels.mixture_sums(student, teacher, *lse, spec.kind, spec.mix, spec.teacher_share)
-        expected = eager_mixture_sums(student, teacher, found, spec)
+        sums = eager_mixture_sums(expected, theirs, found, spec, Scratch())
         rows = 1 if spec.kind == "skew_reverse" else 2
-        torch.testing.assert_close(got[:rows], expected[:rows], rtol=2e-5, atol=2e-6)
-    expected, theirs = student.clone(), teacher.clone()
-    eager_gradient(expected, theirs, found, inner, coefficient, spec)
+        torch.testing.assert_close(got[:rows], sums[:rows], rtol=2e-5, atol=2e-6)
+    eager_gradient(expected, theirs, found, maxima, inner, coefficient, spec)
     triton_kernels.gradient(student, teacher, *lse, inner, coefficient, spec.kind, spec.mix, spec.teacher_share)
     torch.testing.assert_close(student, expected, rtol=2e-5, atol=2e-6)
 
