@@ -10,6 +10,7 @@ second start skips what is done and resumes what is not; Ctrl-C reaches the stag
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import signal
@@ -154,6 +155,9 @@ def say(text: str) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m nemo_opd.quickstart", description=(__doc__ or "").split("\n")[0]
+    ).parse_args()
     if not RECIPES.is_dir():
         say(f"error: {RECIPES}: got no such folder; expected the project's checkout; run it from there")
         return 2
