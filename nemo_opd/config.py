@@ -376,8 +376,8 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
 
 REFUSED_LOSSES: dict[str, tuple[str, str]] = {
     "naive": (
-        "a top-k loss whose gradient is that of a divergence; cut down to k ids the plain sum pushes up every token in "
-        "the set, whatever the teacher says",
+        "a top-k loss whose gradient is that of a divergence; cut down to k ids the plain sum pushes probability out of "
+        "the set even where student and teacher agree",
         "use stop_gradient, tail, renormalised or head_plus_sample (or reverse_kl, which is exact)",
     ),
     "k1": (
@@ -397,11 +397,11 @@ class VerifyConfig:
     """Which verifier turns a response into a reward."""
 
     name: str = "none"
-    """none, exact, integer or math"""
+    """none, exact, integer, math, choice, tool_call or code; see docs/verification.md"""
     answer_pattern: str | None = None
     """Literal marker after which the final answer stands, e.g. "#### "; None: each verifier's own way of finding it."""
     time_limit: float = 1.0
-    """CPU seconds for one answer (math); beyond them it counts as wrong."""
+    """CPU seconds for one answer (math, code); beyond them it counts as wrong."""
 
 
 @dataclass

@@ -11,8 +11,8 @@ from nemo_opd.types import TokenBatch
 class NaiveTopK(TopKLoss):
     """sum_S p_v (log p_v - log q_v), differentiated as it stands: gradient sum_S grad p_v (A_v + 1).
 
-    A token's own term pushes it up unless p_v > q_v / e, whatever the teacher says; training with it drifts into
-    repetition (arXiv 2605.11182). It has no registered name: `build_loss` refuses ``naive`` with the alternatives.
+    A token's own term pushes it up only where q_v > e p_v, so probability leaves S even where student and teacher
+    agree; training with it drifts into repetition (arXiv 2605.11182). It has no registered name: `build_loss` refuses ``naive`` with the alternatives.
     """
 
     name = "naive"

@@ -2,7 +2,7 @@
 
 Notation of the files that use it: S the support, P = sum_S p, Q = sum_S q, A_v = log p_v - log q_v. Over the whole
 vocabulary ``grad sum_v p_v A_v = sum_v grad p_v A_v``, since the probabilities sum to 1. Cut down to S they do not:
-``grad sum_S p_v A_v = sum_S grad p_v (A_v + 1)``, whose +1 pushes up every token that is in S ("naive" top-k). The
+``grad sum_S p_v A_v = sum_S grad p_v (A_v + 1)``, whose +1 pushes probability out of S ("naive" top-k). The
 losses here mend that in different ways (arXiv 2605.11182). Their logit gradients are all
 
     dL/dz_u = p_u (B_u - sum_v p_v B_v),   B = A on S and, off S: stop_gradient 0, tail log(p_tail / q_tail),
