@@ -376,8 +376,8 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
 
 REFUSED_LOSSES: dict[str, tuple[str, str]] = {
     "naive": (
-        "a top-k loss whose gradient is that of a divergence; cut down to k ids the plain sum pushes probability out of "
-        "the set even where student and teacher agree",
+        "a top-k loss whose gradient is that of a divergence; cut down to k ids the plain sum pushes probability out "
+        "of the set even where student and teacher agree",
         "use stop_gradient, tail, renormalised or head_plus_sample (or reverse_kl, which is exact)",
     ),
     "k1": (

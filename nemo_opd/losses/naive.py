@@ -12,7 +12,8 @@ class NaiveTopK(TopKLoss):
     """sum_S p_v (log p_v - log q_v), differentiated as it stands: gradient sum_S grad p_v (A_v + 1).
 
     A token's own term pushes it up only where q_v > e p_v, so probability leaves S even where student and teacher
-    agree; training with it drifts into repetition (arXiv 2605.11182). It has no registered name: `build_loss` refuses ``naive`` with the alternatives.
+    agree; training with it drifts into repetition (arXiv 2605.11182). It has no registered name: `build_loss` refuses
+    ``naive`` with the alternatives.
     """
 
     name = "naive"
