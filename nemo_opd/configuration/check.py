@@ -33,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.engine": ("hf",),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
     "data.on_malformed": ("error", "skip"),
-    "verify.name": ("none", "exact", "integer", "math"),
+    "verify.name": ("none", "exact", "integer", "math", "choice", "tool_call", "code"),
     "optimizer.decay": ("constant", "linear", "cosine"),
     "context.variant": ("contrastive", "successes", "random_peer", "unrelated_prompt", "success_only_matched"),
     "context.place": ("user", "system"),

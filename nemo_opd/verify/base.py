@@ -31,8 +31,9 @@ class UnreadableReferenceError(ValueError):
 class Verifier:
     """Compares a response with the data set's answer.
 
-    Subclasses implement `grade`. With `verify.answer_pattern` set, the answer is what follows the pattern's last
-    occurrence, in the reference too where it occurs there (GSM8K's references hold the whole solution).
+    Subclasses implement `grade`, or `compare` where they need more of the prompt. With `verify.answer_pattern` set,
+    the answer is what follows the pattern's last occurrence, in the reference too where it occurs there (GSM8K's
+    references hold the whole solution).
     """
 
     def __init__(self, config: VerifyConfig) -> None:
@@ -52,9 +53,7 @@ class Verifier:
         if prompt.answer is None:
             return self._count("no_reference", None)
         try:
-            if self._marker is not None and self._marker not in response_text:
-                return self._count("wrong", 0.0)
-            reward = self.grade(self._after_marker(response_text), self._after_marker(prompt.answer))
+            reward = self.compare(response_text, prompt)
         except GradingTimeoutError:
             return self._count("timeout", 0.0)
         except UnreadableReferenceError as error:
@@ -64,6 +63,17 @@ class Verifier:
         except Exception as error:  # noqa: BLE001 -- the response is hostile text: no bug that it finds may end the run
             return self._count("error", 0.0, f"prompt {prompt.index}: {type(error).__name__}: {error}")
         return self._count("right" if reward > 0 else "wrong", reward)
+
+    def compare(self, response_text: str, prompt: Prompt) -> float:
+        """The reward of a whole response, in [0, 1]. Overridden where more than two short texts is compared.
+
+        Raises:
+            As `grade`.
+        """
+        assert prompt.answer is not None
+        if self._marker is not None and self._marker not in response_text:
+            return 0.0
+        return self.grade(self._after_marker(response_text), self._after_marker(prompt.answer))
 
     def grade(self, answer: str, reference: str) -> float:
         """The reward of an answer, in [0, 1].

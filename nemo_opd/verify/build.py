@@ -5,10 +5,20 @@ from __future__ import annotations
 from nemo_opd.config import VerifyConfig
 from nemo_opd.errors import ConfigError
 from nemo_opd.verify.base import Verifier
+from nemo_opd.verify.choice import ChoiceVerifier
+from nemo_opd.verify.code import CodeVerifier
 from nemo_opd.verify.math import MathVerifier
 from nemo_opd.verify.text import ExactVerifier, IntegerVerifier
+from nemo_opd.verify.tool_call import ToolCallVerifier
 
-VERIFIERS: dict[str, type[Verifier]] = {"exact": ExactVerifier, "integer": IntegerVerifier, "math": MathVerifier}
+VERIFIERS: dict[str, type[Verifier]] = {
+    "exact": ExactVerifier,
+    "integer": IntegerVerifier,
+    "math": MathVerifier,
+    "choice": ChoiceVerifier,
+    "tool_call": ToolCallVerifier,
+    "code": CodeVerifier,
+}
 
 
 def build_verifier(config: VerifyConfig) -> Verifier | None:
