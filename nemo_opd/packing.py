@@ -134,14 +134,15 @@ def _fill_missing(tokens: list[dict[str, Tensor]]) -> None:
 def with_payload(tokens: TokenBatch, needs: TeacherNeeds, hidden: Tensor | None) -> TokenBatch:
     """A row whose tokens all lack a teacher signal, with the payload that the loss looks for: zeros, never read.
 
-    In other rows `pack` takes the shapes from a neighbour that has one.
+    A row without tokens gets it too: losses and weights over whole rows look at it before they count. In other rows
+    `pack` takes the shapes from a neighbour that has one.
 
     Args:
         needs: of the loss.
         hidden: [any, hidden], whose width and dtype the teacher's hidden states have (`Need.FULL`).
     """
     count = len(tokens)
-    if needs.need is Need.NOTHING or not count or bool(tokens.teacher_valid.any()):
+    if needs.need is Need.NOTHING or bool(tokens.teacher_valid.any()):
         return tokens
     numbers = tokens.sampler_logprobs.new_zeros(count)
     if needs.need is Need.FULL:

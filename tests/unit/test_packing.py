@@ -93,6 +93,20 @@ def test_a_row_of_nothing_but_tokens_without_a_signal_gets_a_payload():
     assert with_payload(row.tokens, TeacherNeeds(Need.NOTHING), None) is row.tokens
 
 
+def test_a_replica_without_work_has_what_a_loss_over_whole_rows_looks_for():
+    from nemo_opd.losses.policy_gradient import PolicyGradient
+    from nemo_opd.vocab.fused import fused_loss
+    from nemo_opd.vocab.output import OutputLayer
+    from nemo_opd.vocab.shard import VocabShard
+
+    loss = PolicyGradient(discount=0.5)
+    [row] = pack([], {}, [], [], capacity=64)
+    tokens = with_payload(row.tokens, loss.needs, None)
+    output = OutputLayer(torch.randn(11, 4), VocabShard(11, 0, 11, None))
+    fused = fused_loss(loss, torch.randn(0, 4, requires_grad=True), output, None, tokens, {loss.name: 1.0})
+    assert float(fused.loss) == 0.0
+
+
 def test_a_row_with_a_signal_keeps_its_payload():
     rollouts = [make_rollout(0, 6), make_rollout(1, 5)]
     scores = {
