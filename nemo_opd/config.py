@@ -48,7 +48,7 @@ class TeacherConfig(LayoutConfig):
     """The model that scores. `engine: none` for objectives without a teacher."""
 
     engine: str = "megatron"
-    """megatron (own layout over the same processes), hf (dense, one process) or none"""
+    """megatron (own layout over the same processes), hf (dense, whole in every process) or none"""
     model: str | None = None
     dtype: str = "bfloat16"
     micro_batch_tokens: int = 4096
@@ -80,7 +80,7 @@ class RolloutConfig:
     """How the student writes."""
 
     engine: str = "hf"
-    """hf (in the trainer's processes); vllm follows"""
+    """hf (in the trainer's processes)"""
     samples_per_prompt: int = 1
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -90,7 +90,7 @@ class RolloutConfig:
     """Sequences that one process of the hf engine decodes at a time."""
     dtype: str = "float32"
     refit_every: int = 1
-    """Steps between two refits of the generator."""
+    """Steps between two refits of the generator. An evaluation and a resume refit as well."""
 
 
 @dataclass

@@ -119,7 +119,7 @@ def one_step(run: Run) -> StepReport | None:
         stats = run.trainer.train_step(batch)
     run.state.step += 1
     run.state.prompts = run.prompts.state()
-    if run.generator and _due(run.config.rollout.refit_every, run.state.step):
+    if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
         with clock.section("refit"):
             refit_generator(run)
     if run.recorder:

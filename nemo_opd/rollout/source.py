@@ -18,6 +18,10 @@ from nemo_opd.types import Author, Finish, GenerateRequest, Prompt, Rollout, Sam
 class RolloutSource(Protocol):
     """Writes the responses of a step."""
 
+    @property
+    def follows_policy(self) -> bool:
+        """Does the student write, so that its generator wants the new weights after a step?"""
+
     def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
         """Every sample of every prompt, in any order; fewer when a stop was requested."""
 
@@ -30,6 +34,7 @@ class StudentSource:
     sampling: Sampling
     samples_per_prompt: int
     seed: int
+    follows_policy: bool = True
 
     def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
         requests = [
@@ -47,6 +52,7 @@ class DatasetSource:
     encode_response: Callable[[str], Sequence[int]]
     """Response text -> token ids, EOS included."""
     max_new_tokens: int
+    follows_policy: bool = False
 
     def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
         for prompt in prompts:

@@ -147,6 +147,7 @@ def _parity(rank: int, source: str, exported: str, tp: int, pp: int, dtype: str 
     cpu.install()
     layout = parallel.Layout(tp, pp, 1, rank)
     student = parallel.Layout(pp, tp, 1, rank) if own else layout
+    parallel.destroy_student_groups()  # of an earlier test in this process
     groups = parallel.student_groups(student, seed=0)
     try:
         if own:
@@ -206,6 +207,7 @@ def _export_doubled(rank: int, source: str, tp: int, pp: int) -> list[str]:
 
     cpu.install()
     layout = parallel.Layout(tp, pp, 2, rank)
+    parallel.destroy_student_groups()  # of an earlier test in this process
     groups = parallel.student_groups(layout, seed=0)
     try:
         config = LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
