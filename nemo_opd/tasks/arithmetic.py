@@ -15,22 +15,16 @@ falls, whatever the seed. So a held-out problem cannot appear in any training fi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_opd.errors import ConfigError
+from nemo_opd.tasks.records import distinct, is_held_out, write_lines
 
 MARKER = "#"
 """Stands before the final answer (`verify.answer_pattern`)."""
-
-_HELD_OUT_OF_256 = 32
-"""Share of all problems on the held-out side, in 256ths."""
-_ATTEMPTS_PER_PROBLEM = 200
-"""Random draws after which a new problem is taken not to exist."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Problem:
     @property
     def held_out(self) -> bool:
         """On which side the problem falls: a function of its text alone."""
-        return hashlib.blake2b(self.prompt.encode(), digest_size=1).digest()[0] < _HELD_OUT_OF_256
+        return is_held_out(self.prompt)
 
     def response(self, wrong_step: int | None = None, error: int = 0) -> str:
         """The written-out steps and the answer.
@@ -133,20 +127,7 @@ class ArithmeticTask:
         Raises:
             ConfigError: no new problem was found in many draws: there are too few.
         """
-        seen: set[str] = set()
-        while True:
-            for _ in range(_ATTEMPTS_PER_PROBLEM):
-                problem = self.draw(random_)
-                if problem.held_out == held_out and problem.prompt not in seen:
-                    break
-            else:
-                side = "held-out" if held_out else "training"
-                raise ConfigError(
-                    f"{side} problems", f"{len(seen)} of {self}", "more of them to exist",
-                    "ask for fewer, or for more digits or terms",
-                )  # fmt: skip
-            seen.add(problem.prompt)
-            yield problem
+        return distinct(lambda: self.draw(random_), held_out, lambda problem: problem.prompt)
 
     def _operand(self, random_: random.Random) -> int:
         return random_.randint(0 if self.digits == 1 else 10 ** (self.digits - 1), 10**self.digits - 1)
@@ -189,14 +170,5 @@ def _noisy(problem: Problem, random_: random.Random) -> str:
 def write(folder: Path, task: ArithmeticTask, train: int, held_out: int, noise: float, seed: int) -> None:
     """Write `train.jsonl` (with noise) and `heldout.jsonl` (without) into `folder`, which is made when absent."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "train.jsonl", records(task, train, seed, held_out=False, noise=noise))
-    _write_lines(folder / "heldout.jsonl", records(task, held_out, seed, held_out=True))
-
-
-def _write_lines(path: Path, lines: Iterator[dict[str, str]]) -> None:
-    """Complete or absent: a file of half the problems would pass for a whole one."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for record in lines:
-            file.write(json.dumps(record) + "\n")
-    unfinished.replace(path)
+    write_lines(folder / "train.jsonl", records(task, train, seed, held_out=False, noise=noise))
+    write_lines(folder / "heldout.jsonl", records(task, held_out, seed, held_out=True))
