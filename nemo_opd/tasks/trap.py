@@ -12,12 +12,12 @@ same few characters for ever and no answer comes.
     trapped   "7;5;?.?.?.?.?.?.?.?."      (7+7 is 4 and not 5)
 
 `teacher` and `student` are warm-up files of correct responses with a share of trapped ones, in which an early step is
-wrong. The loop is the only continuation of a wrong state that either model has ever seen, so both learn to write
-it: a student that errs runs to its token limit, and on the tokens of its loop the teacher has nothing to say against it.
-Where both are certain the per-token divergence is 0, nothing is learnt, and the tokens only dilute the few early ones where the
-teacher, whose file has a small share of trapped responses, disagrees with the student, whose file has a large one. A
-rule that ends a rollout when its divergence stays low (KAT) saves these tokens; the controls of fixed length and of
-shuffled lengths show how much of its gain is that dilution.
+wrong. The loop is the only continuation of a wrong state that either model has ever seen, so both learn to write it: a
+student that errs runs to its token limit, and on the tokens of its loop the teacher has nothing to say against it.
+Where both are certain the per-token divergence is 0, nothing is learnt, and the tokens only dilute the few early ones
+where the teacher, whose file has a small share of trapped responses, disagrees with the student, whose file has a
+large one. A rule that ends a rollout when its divergence stays low (KAT) saves these tokens; the controls of fixed
+length and of shuffled lengths show how much of its gain is that dilution.
 
 A loop is `loops` repetitions long before the end-of-text token that closes every written response. Keep the student's
 token limit below that (`shortest_loop`), and no model sees a way out within it.
