@@ -28,26 +28,27 @@ from nemo_opd.vocab.objective import FullDivergence
 from nemo_opd.vocab.statistics import Scratch, Statistics, combine, local_statistics, row_blocks, row_dot
 
 TINY = 1e-37
-"""Least mixture probability whose logarithm is taken; what lies below is smaller than any number that meets it."""
+"""Least probability, and least ratio of probabilities, whose logarithm is taken: it is then multiplied by a probability
+that is as small."""
 
 
-KEEP = {"reverse": "ratio", "forward": "softmaxes"}
+def keep_for(spec: FullDivergence) -> str:
+    """What the statistics leave in the buffers for this divergence."""
+    return "ratio" if spec.kind == "reverse" else "softmaxes"
 
 
 def divergence_chunk(chunk: Chunk, spec: FullDivergence) -> Method:
     """Value and gradient of one chunk. The student's buffer ends up holding the gradient; the teacher's is used up."""
     student, teacher = chunk.student, chunk.teacher
     assert teacher is not None
-    fields, maxima = local_statistics(
-        student, teacher, chunk.tokens.ids, chunk.shard, chunk.scratch, KEEP.get(spec.kind, "logits")
-    )
+    fields, maxima = local_statistics(student, teacher, chunk.tokens.ids, chunk.shard, chunk.scratch, keep_for(spec))
     pending = collectives.start_gather(fields, chunk.shard.group)
     yield pending
     found = combine(pending.wait())
     assert found.kl is not None and found.forward_kl is not None and found.teacher_logsumexp is not None
     sums = None
     if spec.mixes:
-        parts = _mixture_sums(chunk, found, spec)
+        parts = _mixture_sums(chunk, found, maxima, spec)
         pending = collectives.start_all_reduce(parts, chunk.shard.group)
         yield pending
         sums = pending.wait()
@@ -81,7 +82,7 @@ def _value(found: Statistics, sums: Tensor | None, spec: FullDivergence) -> tupl
     return (sums[1], sums[0]) if spec.kind == "skew_forward" else (sums[0], sums[0])
 
 
-def _mixture_sums(chunk: Chunk, found: Statistics, spec: FullDivergence) -> Tensor:
+def _mixture_sums(chunk: Chunk, found: Statistics, maxima: Tensor, spec: FullDivergence) -> Tensor:
     """[2, tokens] over this rank's columns: sum of p log(p/m) and of q log(q/m); for skew_forward the first is
     sum of p G = -(1-a) sum of p q / m."""
     student, teacher = chunk.student, chunk.teacher
@@ -92,30 +93,35 @@ def _mixture_sums(chunk: Chunk, found: Statistics, spec: FullDivergence) -> Tens
         return kernels.mixture_sums(
             student, teacher, found.student_logsumexp, found.teacher_logsumexp, spec.kind, spec.mix, spec.teacher_share
         )
-    return eager_mixture_sums(student, teacher, found, spec, chunk.scratch)
+    return eager_mixture_sums(student, teacher, found, maxima, spec, chunk.scratch)
 
 
 def eager_mixture_sums(
-    student: Tensor, teacher: Tensor, found: Statistics, spec: FullDivergence, scratch: Scratch
+    student: Tensor,
+    teacher: Tensor,
+    found: Statistics,
+    maxima: Tensor,
+    spec: FullDivergence,
+    scratch: Scratch,
 ) -> Tensor:
-    """The same; leaves log(p/m) (skew_forward: p G) and p in the buffers, for the gradient."""
+    """The same from what the statistics left; leaves p and log(p/m) (skew_forward: p G) in the buffers."""
     assert found.teacher_logsumexp is not None
     sums = student.new_zeros(2, student.shape[0])
+    p_scale = (maxima[0] - found.student_logsumexp).exp().unsqueeze(1)
+    q_scale = (maxima[1] - found.teacher_logsumexp).exp().unsqueeze(1)
     for rows in row_blocks(student):
-        log_p = student[rows].sub_(found.student_logsumexp[rows].unsqueeze(1))
-        log_q = teacher[rows].sub_(found.teacher_logsumexp[rows].unsqueeze(1))
-        p, q = (torch.exp(t, out=scratch.take(i, t)) for i, t in enumerate((log_p, log_q)))
-        log_m, spare = torch.lerp(p, q, spec.teacher_share, out=scratch.take(2, p)), scratch.take(3, p)
-        log_m.clamp_(min=TINY).log_()
+        p, q = student[rows].mul_(p_scale[rows]), teacher[rows].mul_(q_scale[rows])
+        spare = scratch.take(0, p)
+        m = torch.lerp(p, q, spec.teacher_share, out=scratch.take(1, p)).clamp_(min=TINY)
         if spec.kind != "skew_reverse":
-            sums[1, rows] = row_dot(q, log_q.sub_(log_m), spare)
-        over_mixture = log_p.sub_(log_m)
+            q_over_m = torch.div(q, m, out=scratch.take(2, p)).clamp_(min=TINY)
+            sums[1, rows] = row_dot(q, q_over_m.log_(), spare)
         if spec.kind == "skew_forward":
-            p_times_g = over_mixture.exp_().mul_(q).mul_(spec.mix - 1.0)
+            p_times_g = torch.div(q.mul_(p), m, out=q).mul_(spec.mix - 1.0)
             sums[0, rows] = p_times_g.sum(1)
         else:
-            sums[0, rows] = row_dot(p, over_mixture, spare)
-        teacher[rows] = p
+            log_p_over_m = torch.div(p, m, out=q).clamp_(min=TINY).log_()
+            sums[0, rows] = row_dot(p, log_p_over_m, spare)
     return sums
 
 
@@ -152,6 +158,7 @@ def eager_gradient(
     p_scale = (maxima[0] - found.student_logsumexp).exp() * coefficient
     q_scale = (maxima[1] - found.teacher_logsumexp).exp() * coefficient
     shift = (maxima[0] - found.student_logsumexp) - (maxima[1] - found.teacher_logsumexp) - inner
+    share = 1.0 - spec.mix if spec.kind == "jsd" else 1.0
     for rows in row_blocks(student):
         first, second = student[rows], teacher[rows]
         if spec.kind == "reverse":
@@ -159,7 +166,7 @@ def eager_gradient(
         elif spec.kind == "forward":
             first.mul_(p_scale[rows].unsqueeze(1)).sub_(second.mul_(q_scale[rows].unsqueeze(1)))
         elif spec.kind == "skew_forward":
-            first.sub_(second.mul_(inner[rows].unsqueeze(1))).mul_(coefficient[rows].unsqueeze(1))
+            torch.sub(second, first.mul_(inner[rows].unsqueeze(1)), out=first).mul_(coefficient[rows].unsqueeze(1))
         else:
-            share = 1.0 - spec.mix if spec.kind == "jsd" else 1.0
-            first.mul_(share).sub_(inner[rows].unsqueeze(1)).mul_(coefficient[rows].unsqueeze(1)).mul_(second)
+            scaled = second.mul_(share * coefficient[rows].unsqueeze(1))
+            first.mul_(scaled.sub_((inner * coefficient)[rows].unsqueeze(1)))

@@ -24,8 +24,9 @@ from torch import Tensor
 from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.shard import VocabShard
 
-CACHED_ELEMENTS = 1 << 18
-"""Elements of one tensor that are worked on at a time on the CPU (a megabyte in float32)."""
+CACHED_ELEMENTS = 1 << 19
+"""Elements of one tensor that are worked on at a time on the CPU (two megabytes in float32): few enough for a shared
+cache, many enough that threads seldom wait for each other."""
 
 
 def row_blocks(logits: Tensor) -> Iterator[slice]:
@@ -70,7 +71,7 @@ class Statistics:
     kl: Tensor | None = None
     """KL(p || q)"""
     forward_kl: Tensor | None = None
-    """KL(q || p)"""
+    """KL(q || p), where it was asked for"""
 
 
 KEEP = ("logits", "ratio", "softmaxes")
@@ -89,8 +90,8 @@ def local_statistics(
     """([3 or 8, tokens], [2, tokens]) of this rank's columns.
 
     First logsumexp, conditional entropy and the written token's logit (0 where another rank holds it) of the student,
-    the same of the teacher, and the conditional divergences KL(p || q) and KL(q || p) (the latter only with `keep`
-    "softmaxes" or "logits"); then the maxima, which only the eager functions know.
+    the same of the teacher, and the conditional divergences KL(p || q) and KL(q || p) (the latter 0 unless `keep` is
+    "softmaxes": only who minimises it pays for it); then the maxima, which only the eager functions know.
     """
     fields, maxima = student.new_zeros(3 if teacher is None else 8, student.shape[0]), student.new_zeros(2, len(ids))
     if shard.valid == 0:
@@ -141,7 +142,7 @@ def _row_statistics(
     out[4] = log_sum_q - row_dot(e_q, centred_q, spare) / sum_q
     ratio = torch.sub(centred_p, centred_q, out=centred_q)
     out[6] = row_dot(e_p, ratio, spare) / sum_p - log_sum_p + log_sum_q
-    if keep != "ratio":
+    if keep == "softmaxes":
         out[7] = log_sum_p - log_sum_q - row_dot(e_q, ratio, spare) / sum_q
 
 

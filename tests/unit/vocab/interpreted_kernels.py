@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_opd.vocab import triton_kernels
-from nemo_opd.vocab.divergence import KEEP, eager_gradient, eager_mixture_sums
+from nemo_opd.vocab.divergence import eager_gradient, eager_mixture_sums, keep_for
 from nemo_opd.vocab.objective import FullDivergence
 from nemo_opd.vocab.reduced import eager_scaled_softmax
 from nemo_opd.vocab.shard import dense_shard
@@ -43,7 +43,14 @@ def test_statistics(scale):
     for other, fields in ((teacher, 8), (None, 3)):
         got, expected = torch.zeros(fields, 3), torch.zeros(fields, 3)
         triton_kernels.statistics(student, other, got)
-        eager_statistics(student, other, expected, torch.zeros(2, 3), Scratch())
+        eager_statistics(
+            student.clone(),
+            teacher.clone() if other is not None else None,
+            expected,
+            torch.zeros(2, 3),
+            Scratch(),
+            "softmaxes",
+        )
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -59,7 +66,7 @@ def test_statistics_of_columns_that_are_left_out():
 def test_mixture_sums_and_gradient(spec):
     student, teacher = logits()
     written = torch.zeros(3, dtype=torch.int64)
-    keep = KEEP.get(spec.kind, "logits")
+    keep = keep_for(spec)
     expected, theirs = student.clone(), teacher.clone()
     fields, maxima = local_statistics(expected, theirs, written, dense_shard(150), keep=keep)
     found = combine(fields.unsqueeze(0))
@@ -67,7 +74,7 @@ def test_mixture_sums_and_gradient(spec):
     lse = (found.student_logsumexp, found.teacher_logsumexp)
     if spec.mixes:
         got = triton_kernels.mixture_sums(student, teacher, *lse, spec.kind, spec.mix, spec.teacher_share)
-        sums = eager_mixture_sums(expected, theirs, found, spec, Scratch())
+        sums = eager_mixture_sums(expected, theirs, found, maxima, spec, Scratch())
         rows = 1 if spec.kind == "skew_reverse" else 2
         torch.testing.assert_close(got[:rows], sums[:rows], rtol=2e-5, atol=2e-6)
     eager_gradient(expected, theirs, found, maxima, inner, coefficient, spec)
