@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState
-from nemo_opd.config import Config
+from nemo_opd.config import EXPORT_FOLDER, Config
 from nemo_opd.configuration.load import to_yaml
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
@@ -36,8 +37,6 @@ from nemo_opd.types import Need, Sampling
 from nemo_opd.verify.build import build_verifier
 
 log = logging.getLogger(__name__)
-
-EXPORT_FOLDER = "model"
 
 
 def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
@@ -86,21 +85,31 @@ def finish(run: Run, done: bool) -> None:
     """Close everything; after the last step, write the student in Hugging Face format first. Collective."""
     if done and run.config.checkpoint.export_at_end:
         export_student(run)
-    for part in (run.generator, run.scorer, run.recorder):
+    grader = run.evaluation.verifier if run.evaluation else None
+    for part in (run.generator, run.scorer, run.verifier, grader, run.recorder):
         if part is not None:
             part.close()
 
 
 def export_student(run: Run) -> None:
-    """Write `<run>/model`. What stands there is of fewer steps (the run went on), unless this attempt trained none."""
+    """Write `<run>/model`. What stands there is of fewer steps (the run went on), unless this attempt trained none.
+
+    It is written aside and then put in place, so that an export that fails costs no model.
+    """
     folder = run.folder / EXPORT_FOLDER
-    stands = run.processes.any(folder.exists())
-    if stands and run.started_at == run.state.step:
+    if run.processes.any(folder.exists()) and run.started_at == run.state.step:
         return
-    if run.processes.is_first and stands:
-        shutil.rmtree(folder)
+    aside = run.folder / run.processes.broadcast_text(f"tmp-{EXPORT_FOLDER}-{secrets.token_hex(4)}")
+    save_hf_checkpoint(run.trainer.export_weights(), aside, Path(run.config.student.model))
     run.processes.barrier()
-    save_hf_checkpoint(run.trainer.export_weights(), folder, Path(run.config.student.model))
+    if run.processes.is_first:
+        for leftover in run.folder.glob(f"tmp-{EXPORT_FOLDER}-*"):
+            if leftover != aside:
+                shutil.rmtree(leftover)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    run.processes.barrier()
     log.info("exported the student to %s", folder)
 
 
@@ -168,7 +177,7 @@ def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:
     verifier = build_verifier(config.verify)
     if verifier is None:
         raise ConfigError(
-            "verify.name", "none", "a verifier for evaluate.path", "set verify.name=integer, exact or math"
+            "verify.name", "none", "a verifier for evaluate.path", "set verify.name (exact, integer, math, ...)"
         )
     problems = first_prompts(replace(config.data, path=evaluate.path), tokenizer, evaluate.problems)
     if all(verifier("", problem) is None for problem in problems):

@@ -440,6 +440,10 @@ class TrainConfig:
     """Processes when no launcher started any; None: the smallest number that fits student and teacher."""
 
 
+EXPORT_FOLDER = "model"
+"""Below the run folder: the trained student in Hugging Face format."""
+
+
 @dataclass
 class CheckpointConfig:
     """When to save and how much to keep."""

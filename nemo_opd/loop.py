@@ -29,6 +29,7 @@ from nemo_opd.observe.recorder import Recorder
 from nemo_opd.packing import pack, sequence_length
 from nemo_opd.processes import Processes, balanced
 from nemo_opd.prompts.stream import PromptStream
+from nemo_opd.refit.manifest import Manifest
 from nemo_opd.refit.transfer import refit
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.exchange import gather_rollouts
@@ -67,6 +68,8 @@ class Run:
     state: RunState
     started_at: int
     """Steps that were done when this attempt began."""
+    weights: Manifest | None = None
+    """What the generator was last given."""
 
     @property
     def place(self) -> Place:
@@ -74,28 +77,30 @@ class Run:
 
 
 def train(run: Run) -> bool:
-    """Step until `train.steps`. True when all steps are done, False when a stop request ended the run earlier."""
+    """Step until `train.steps`, evaluating where it is due.
+
+    True when all steps and the last evaluation are done, False when a stop request ended the run earlier.
+    """
     steps = run.config.train.steps
     progress = Progress(steps, run.state.step, run.config.observe.progress and run.processes.is_first, run.folder.name)
     saved = run.state.step
     refit_generator(run)
-    while run.state.step < steps and not run.stop.agreed():
+    evaluated = evaluate(run)  # what an earlier attempt did not come to
+    while evaluated and run.state.step < steps and not run.stop.agreed():
         report = one_step(run)
         if report is None:
             break
         progress.advance(report)
         if run.recorder:
             run.recorder.write(report)
-        last = report.step == steps
-        if last or _due(run.config.checkpoint.every, report.step):
+        if report.step == steps or _due(run.config.checkpoint.every, report.step):
             save(run)
             saved = report.step
-        if last or _due(run.config.evaluate.every, report.step):
-            evaluate(run)  # after saving: an evaluation that fails costs no trained step
+        evaluated = evaluate(run)  # after saving: an evaluation that fails costs no trained step
     if saved < run.state.step:
         save(run)
     progress.close()
-    return run.state.step >= steps
+    return evaluated and run.state.step >= steps
 
 
 def one_step(run: Run) -> StepReport | None:
@@ -232,20 +237,29 @@ def token_metrics(
 def refit_generator(run: Run) -> None:
     """Give the generator the trainer's weights, unless it has them already."""
     if run.generator is not None and run.generator.version < run.state.step:
-        refit(run.trainer, run.generator, run.state.step, run.processes)
+        run.weights = refit(run.trainer, run.generator, run.state.step, run.processes, run.weights)
 
 
-def evaluate(run: Run) -> None:
-    """Held-out accuracy with the current weights."""
-    if run.evaluation is None or run.generator is None:
-        return
+def evaluate(run: Run) -> bool:
+    """Held-out accuracy of the current weights, where it is due and not recorded yet.
+
+    False when a stop request interrupted it: the next attempt begins with it.
+    """
+    step, every = run.state.step, run.config.evaluate.every
+    if run.evaluation is None or run.generator is None or step == 0:
+        return True
+    if step != run.config.train.steps and not _due(every, step):
+        return True
+    if run.processes.any(run.recorder is not None and run.recorder.has_evaluation(step)):
+        return True
     refit_generator(run)
     result = run.evaluation.measure(run.generator, run.processes, run.stop)
     if result is None:
-        return  # interrupted by a stop request
-    log.info("step %d: %s", run.state.step, result)
+        return False
+    log.info("step %d: %s", step, result)
     if run.recorder:
-        run.recorder.write_evaluation(run.state.step, result.metrics())
+        run.recorder.write_evaluation(step, result.metrics())
+    return True
 
 
 def save(run: Run) -> None:

@@ -6,6 +6,7 @@ python -m nemo_opd.worker RESOLVED.yaml        as our own launcher starts it (th
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ def run(config: Config) -> int:
     """Train in this process, alone or as one of a launcher's; returns the exit code of `reliability.outcome`."""
     launched = launched_processes() is not None
     rank = join_launcher() if launched else 0
+    tame_helpers()
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     if rank > 0:
@@ -75,6 +77,20 @@ def end_with_parent(number: signal.Signals) -> None:
     """Ask the kernel to send this process a signal when its parent dies, so that a killed parent leaves no orphans."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+@functools.cache  # once is enough
+def tame_helpers() -> None:
+    """Have processes that are forked from this one (a checkpoint's writers) end with it, and leave a request to stop
+    to it: they inherit its handlers, and Ctrl-C in a terminal reaches them too."""
+    os.register_at_fork(after_in_child=_tame)
+
+
+def _tame() -> None:
+    end_with_parent(signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def write_output_to(path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opd.engines.protocols import Trainer
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 CONFIG_FILE = "config.yaml"
+_UNREADABLE = "?"
 
 
 @dataclass
@@ -57,12 +59,25 @@ class CheckpointStore:
         processes.barrier()
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank; None in a new run."""
+        """The newest whole checkpoint, the same on every rank; None in a new run.
+
+        Raises:
+            ConfigError: there are checkpoints, and none can be read: a run is never started anew over them.
+        """
         name = ""
         if self._processes.is_first:
             path = newest_checkpoint(self.folder)
             name = path.name if path else ""
+            if path is None and any(self.folder.glob("step-*")):
+                name = _UNREADABLE
         name = self._processes.broadcast_text(name)
+        if name == _UNREADABLE:
+            raise ConfigError(
+                str(self.folder),
+                "checkpoints, none of which can be read",
+                "one whole step-* folder, or none",
+                "put one back, or choose another run.dir to start anew",
+            )
         return self.folder / name if name else None
 
     def save(self, trainer: Trainer, state: RunState, config_text: str) -> Path:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from nemo_opd.config import (
+    EXPORT_FOLDER,
     Config,
     DatasetPrefix,
     LayoutConfig,
@@ -253,7 +254,7 @@ def _peers(config: Config, context: PeersContext) -> None:
         got, expected = config.rollout.samples_per_prompt, "at least 2, as peers are other rollouts of the same prompt"
         raise ConfigError("rollout.samples_per_prompt", got, expected, "set it to 8, for example")
     if config.verify.name == "none":
-        way_out = "set verify.name (exact, integer or math), or context=same_prompt"
+        way_out = "set verify.name (exact, integer, math, ...), or context=same_prompt"
         raise ConfigError("verify.name", "none", "a verifier, as peers are chosen by their reward", way_out)
     if context.variant == "unrelated_prompt" and config.train.prompts_per_step < 2:
         got, expected = config.train.prompts_per_step, "at least 2, as peers come from another prompt of the step"
@@ -310,7 +311,7 @@ def _evaluation(config: Config) -> None:
             raise ConfigError("evaluate.every", evaluate.every, "0 without evaluate.path", way_out)
         return
     if config.verify.name == "none":
-        way_out = "set verify.name (exact, integer or math), or leave evaluate.path out"
+        way_out = "set verify.name (exact, integer, math, ...), or leave evaluate.path out"
         raise ConfigError("verify.name", "none", "a verifier, as evaluate.path asks for rewards", way_out)
     if evaluate.greedy and evaluate.samples_per_prompt > 1:
         way_out = "set evaluate.samples_per_prompt=1 or evaluate.greedy=false"
@@ -322,6 +323,11 @@ def _run_folder(config: Config) -> None:
     folder = Path(config.run.dir)
     if not config.run.dir or (folder.exists() and not folder.is_dir()):
         raise ConfigError("run.dir", config.run.dir or "an empty text", "a folder, made when absent", "choose another")
+    model = (folder / EXPORT_FOLDER).resolve()
+    for key, path in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+        if config.checkpoint.export_at_end and path is not None and Path(path).resolve() == model:
+            way_out = "choose another run.dir, or set checkpoint.export_at_end=false"
+            raise ConfigError(key, path, "a folder that this run does not write its own model to", way_out)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -351,17 +357,22 @@ def _teacher_model(config: Config) -> ModelSizes:
 
 
 def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
-    """Do the model's sizes divide? Every tensor-parallel rank holds whole key-value heads."""
+    """Do the model's sizes divide? Key-value heads may be fewer than ranks: Megatron then cuts them."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    common = math.gcd(model.attention_heads, model.key_value_heads, model.feed_forward)
-    if common % tensor:
+    groups = model.key_value_heads
+    fitting = [
+        size
+        for size in _divisors(math.gcd(model.attention_heads, model.feed_forward))
+        if groups % size == 0 or size % groups == 0
+    ]
+    if tensor not in fitting:
         expected = (
-            f"{_divisors(common)} (divisors of {model.attention_heads} attention heads, {model.key_value_heads} "
-            f"key-value heads and a feed-forward width of {model.feed_forward})"
+            f"{_alternatives(fitting)} ({model.attention_heads} attention heads and a feed-forward width of "
+            f"{model.feed_forward} divide by these, and {groups} key-value heads divide by them or divide them)"
         )
         raise ConfigError(f"{who}.tensor_model_parallel_size", tensor, expected, "set it to one of these")
     if model.layers % pipeline:
-        expected = f"{_divisors(model.layers)} (divisors of {model.layers} layers)"
+        expected = f"{_alternatives(_divisors(model.layers))} (divisors of {model.layers} layers)"
         raise ConfigError(f"{who}.pipeline_model_parallel_size", pipeline, expected, "set it to one of these")
     if layout.sequence_parallel and tensor == 1:
         way_out = f"leave it out, or raise {who}.tensor_model_parallel_size"
@@ -398,6 +409,10 @@ def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
         raise ConfigError("context.max_tokens", got, expected, "lower it")
 
 
-def _divisors(number: int) -> str:
-    found = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _alternatives(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
     # Ctrl-C ends it at once, and a stop request in the folder is the training run's.
     result = evaluation.measure(generator, Processes(), StopRequest(None, "evaluation", Processes()))
     assert result is not None, "only a stop request ends an evaluation early"
+    evaluation.verifier.close()
     answer = result.as_dict()
     sys.stdout.write(f"{args.path}: {result}\n")
     if args.compare_transformers:

@@ -19,7 +19,7 @@ from nemo_opd.losses import (  # noqa: F401 - they register themselves
     tail,
 )
 from nemo_opd.losses.base import DistillationLoss, DistributionLoss, SampledTokenLoss
-from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight, check_pair
+from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight
 from nemo_opd.losses.weights import TokenWeight
 
 __all__ = [
@@ -31,5 +31,4 @@ __all__ = [
     "TokenWeight",
     "build_loss",
     "build_weight",
-    "check_pair",
 ]

@@ -74,18 +74,3 @@ def build_weight(slot: SlotConfig) -> TokenWeight | None:
             "weight.name", slot.name, f"one of {', '.join(sorted(['unit', *WEIGHTS]))}", "choose one of them"
         )
     return WEIGHTS[slot.name](**_parameters(slot))
-
-
-def check_pair(loss: DistillationLoss, weight: TokenWeight | None) -> None:
-    """Refuse a loss and a weight that would both apply the importance ratio.
-
-    Raises:
-        ConfigError: both do.
-    """
-    if weight is not None and weight.corrects_importance and getattr(loss, "importance_ratio", "none") != "none":
-        raise ConfigError(
-            "weight.name",
-            weight.name,
-            f"unit with loss.importance_ratio={loss.importance_ratio}",
-            "set loss.importance_ratio=none, or the ratio is applied twice",
-        )

@@ -7,7 +7,7 @@ another temperature): with ``r = p_train(y) / mu(y)``, mu what the token was rea
     icepop     r where low <= r <= high, otherwise 0
     sequence   1 where the geometric mean of r over the sequence is within [low, high], otherwise 0
 
-`none` is the slot's default, `unit`. Tokens that the sampler did not draw have no ratio and get the factor 1.
+The slot's default, `unit`, is the factor 1. Tokens that the sampler did not draw have no ratio and get the factor 1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ class TokenWeight(ABC):
     metric_names: tuple[str, ...] = ("weight",)
     whole_row: bool = False
     """True when a token's factor depends on other tokens of its row; costs one more forward pass."""
-    corrects_importance: bool = False
-    """Is the factor an importance ratio? Then the loss must not carry one of its own."""
 
     @abstractmethod
     def factors(self, scores: SampledScores, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -60,7 +58,6 @@ class TruncatedImportance(TokenWeight):
     """min(r, clamp): truncated importance sampling."""
 
     metric_names = ("weight", "importance_clipped")
-    corrects_importance = True
 
     def __init__(self, clamp: float = 2.0) -> None:
         if clamp <= 0.0:
@@ -79,7 +76,6 @@ class IcePop(TokenWeight):
     """r where it lies within [low, high], otherwise 0."""
 
     metric_names = ("weight", "importance_out_of_bounds")
-    corrects_importance = True
 
     def __init__(self, low: float = 0.5, high: float = 5.0) -> None:
         _bounds(low, high)
@@ -100,7 +96,6 @@ class SequenceImportance(TokenWeight):
 
     metric_names = ("weight", "importance_out_of_bounds")
     whole_row = True
-    corrects_importance = True
 
     def __init__(self, low: float = 0.5, high: float = 2.0) -> None:
         _bounds(low, high)

@@ -32,6 +32,11 @@ class Recorder:
         self._line({"step": step, "evaluation": True, **metrics})
         self._scalars(step, metrics)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Do the results of this step's evaluation stand in metrics.jsonl?"""
+        lines = (self._folder / "metrics.jsonl").read_text().splitlines()
+        return any(line["step"] == step and line.get("evaluation", False) for line in map(json.loads, lines))
+
     def write_rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """The step's first rollouts, one per prompt as far as they go, to rollouts/step-*.jsonl."""
         if not self._rollouts_per_step:

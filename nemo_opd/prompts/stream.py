@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from nemo_opd.prompts.template import Message, Tokenizer, render_chat, render_te
 from nemo_opd.types import Prompt
 
 _LOG = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -113,15 +112,6 @@ class PromptStream:
         self._epoch, self._index = int(state["epoch"]), int(state["index"])
         self._order = self._permutation(self._epoch)
         self.skipped = {"malformed": 0, "too_long": 0, **state.get("skipped", {})}
-
-    @staticmethod
-    def shard(items: Sequence[_Item], rank: int, size: int) -> list[_Item]:
-        """The share of data-parallel rank `rank` of `size`: every `size`-th item, so shares differ by at most one.
-
-        Every item lands on exactly one rank, for any number of items and ranks.
-        """
-        assert 0 <= rank < size, (rank, size)
-        return list(items[rank::size])
 
     def _check(self) -> None:
         if self._data.system_prompt is not None and not self._data.chat_template:

@@ -8,6 +8,7 @@ import torch
 
 from nemo_opd.engines.protocols import Generator, NamedTensor, Trainer
 from nemo_opd.processes import Processes
+from nemo_opd.refit.manifest import Manifest, TensorSpec
 
 
 class RefitError(RuntimeError):
@@ -15,10 +16,11 @@ class RefitError(RuntimeError):
 
 
 class _Stream:
-    """The trainer's weights, remembering whether it was the trainer that broke the stream off."""
+    """The trainer's weights, remembering what went by and whether it was the trainer that broke the stream off."""
 
     def __init__(self, weights: Iterator[NamedTensor]) -> None:
         self._weights = weights
+        self.specs: list[TensorSpec] = []
         self.broke = False
 
     def __iter__(self) -> Iterator[NamedTensor]:
@@ -26,7 +28,9 @@ class _Stream:
 
     def __next__(self) -> NamedTensor:
         try:
-            return next(self._weights)
+            name, tensor = next(self._weights)
+            self.specs.append(TensorSpec.of(name, tensor))
+            return name, tensor
         except StopIteration:
             raise
         except BaseException:
@@ -34,7 +38,13 @@ class _Stream:
             raise
 
 
-def refit(trainer: Trainer, generator: Generator | None, version: int, processes: Processes | None = None) -> None:
+def refit(
+    trainer: Trainer,
+    generator: Generator | None,
+    version: int,
+    processes: Processes | None = None,
+    expected: Manifest | None = None,
+) -> Manifest:
     """Stream ``trainer.export_weights()`` into `generator` as policy `version`, or fail on every rank. Collective.
 
     A rank whose generator fails goes on taking part in the export, for the other ranks are waiting in its
@@ -44,6 +54,10 @@ def refit(trainer: Trainer, generator: Generator | None, version: int, processes
         generator: None on a rank that does not generate; it only takes part in the export.
         version: must be larger than the generator's.
         processes: the ranks that export together; None: those of the default process group.
+        expected: what an earlier refit of the run moved. Other names, shapes or dtypes are refused.
+
+    Returns:
+        What was moved, with its version.
 
     Raises:
         RefitError: a generator failed, here (its error is the cause) or on a rank that the message names.
@@ -54,7 +68,7 @@ def refit(trainer: Trainer, generator: Generator | None, version: int, processes
     failure: Exception | None = None
     if generator is not None:
         try:
-            generator.load_weights(stream, version)
+            generator.load_weights(expected.check(stream) if expected else stream, version)
         except Exception as error:  # whatever it is, the other ranks must hear of it before it is raised
             if stream.broke:
                 raise
@@ -65,3 +79,4 @@ def refit(trainer: Trainer, generator: Generator | None, version: int, processes
     if failed := flags.nonzero().flatten().tolist():
         reason = failure if failure is not None else "see there"
         raise RefitError(f"refit to policy version {version} failed on ranks {failed}: {reason}") from failure
+    return Manifest(version, tuple(stream.specs))

@@ -1,4 +1,5 @@
-"""How a run ended, as a file: `outcome.json` in the run folder, written atomically by the process that holds its lock.
+"""How a run ended, as a file: `outcome.json` in the run folder, written atomically: by the process that holds
+its lock, or, when a process fails, by the first one that does.
 
 The file is what others rely on; exit codes are for people, and they are fixed here, once:
 

@@ -1,4 +1,5 @@
 """A run is asked to stop by a signal to one of its processes or by a file in its folder, and stops between two steps.
+What was trained by then is saved; rollouts that are being written and an evaluation are broken off.
 
 `control/stop` holds the id of the attempt it means (or `any`), so that a run that was started again does not obey a
 request made to its predecessor. The decision is taken by all ranks together, at the same point of the same step.
@@ -86,4 +87,4 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
         self.reason = f"signal {signal.Signals(number).name}"
-        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without one)\n")
+        os.write(2, b"\nstopping, with a checkpoint of what is trained (Ctrl-C again: at once, without one)\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -68,6 +68,7 @@ class Evaluation:
     """By name: detached values, and the tokens on which they count."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss, as `nemo_opd.losses.DistillationLoss` implements it.
 
@@ -109,6 +110,7 @@ class Objective(Protocol):
         """The loss of a chunk from a few log-probabilities per token; called only where `few` is set."""
 
 
+@runtime_checkable
 class Weighting(Protocol):
     """Constant factors on tokens, as `nemo_opd.losses.TokenWeight` implements it."""
 

@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 import nemo_opd
@@ -296,6 +297,23 @@ class TestWorker:
         os.environ |= {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
         assert worker.join_launcher() == 5
         assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"]
+
+    def test_a_forked_helper_ends_with_its_process_and_not_with_ctrl_c(self) -> None:
+        code = (
+            "import os, signal, sys, time; from nemo_opd.worker import tame_helpers; tame_helpers()\n"
+            "child = os.fork()\n"
+            "if child == 0:\n"
+            "    os.kill(os.getpid(), signal.SIGINT); os.write(1, f'{os.getpid()}\\n'.encode())\n"
+            "time.sleep(60)\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            helper = int(process.stdout.readline())
+            process.kill()
+        deadline = time.monotonic() + DEADLINE
+        while psutil.pid_exists(helper) and psutil.Process(helper).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the helper outlived its process"
+            time.sleep(0.05)
 
     def test_output_of_other_ranks_goes_to_a_file(self, tmp_path: Path) -> None:
         code = "import os, sys; from pathlib import Path; from nemo_opd.worker import write_output_to\n"

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nemo_opd.engines.hf.model import check_dense, load_model
+from nemo_opd.engines.requests import check_needs, check_request
 from nemo_opd.processes import Processes
 from nemo_opd.types import Need, ScoreRequest, TeacherNeeds, TeacherScores
 
@@ -76,9 +77,9 @@ class HFScorer:
         context, a k out of range, or `at_ids` that are missing or do not fit the response.
         """
         model = self._open_model()
-        _check_needs(needs, self._vocab_size)
+        check_needs(needs, self._vocab_size)
         for request in requests:
-            _check_request(request, needs, self._vocab_size, model.config.vocab_size)
+            check_request(request, needs, self._vocab_size, model.config.vocab_size)
         return self._answers([r for r in requests if self._rank in r.consumers], needs)
 
     def close(self) -> None:
@@ -173,28 +174,3 @@ def _extended(payload: Tensor, rows: int) -> Tensor:
         return payload
     filler = payload.new_full((missing, payload.shape[1]), float("nan") if payload.is_floating_point() else 0)
     return torch.cat([payload, filler])
-
-
-def _check_needs(needs: TeacherNeeds, vocab_size: int) -> None:
-    if needs.need in (Need.AT_IDS, Need.TOP_K) and not 1 <= needs.k <= vocab_size:
-        raise ValueError(f"needs.k: got {needs.k}; expected 1 to the teacher's {vocab_size} ids")
-
-
-def _check_request(request: ScoreRequest, needs: TeacherNeeds, vocab_size: int, known_ids: int) -> None:
-    """Scored ids lie below `vocab_size`; the context may use all ids that the model knows."""
-    where = f"score request {request.key}"
-    if not request.context_ids:
-        raise ValueError(f"{where}: got an empty context; expected at least one token before the response")
-    scored = request.response_ids.cpu()
-    if needs.need is Need.AT_IDS:
-        expected = (len(request.response_ids), needs.k)
-        if request.at_ids is None or tuple(request.at_ids.shape) != expected:
-            got = None if request.at_ids is None else tuple(request.at_ids.shape)
-            raise ValueError(f"{where}: got at_ids of shape {got}; expected {expected}")
-        scored = torch.cat([scored, request.at_ids.cpu().flatten()])
-    for ids, limit in ((torch.tensor(request.context_ids), known_ids), (scored, vocab_size)):
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= limit):
-            raise ValueError(
-                f"{where}: got ids {int(ids.min())} to {int(ids.max())}; expected ids below the teacher's {limit}; "
-                "student and teacher must share their token ids"
-            )

@@ -29,6 +29,7 @@ from nemo_opd.engines.megatron.exchange import Message, exchange
 from nemo_opd.engines.megatron.families import read_architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups
+from nemo_opd.engines.requests import check_needs, check_request
 from nemo_opd.errors import ConfigError
 from nemo_opd.packing import plan_rows
 from nemo_opd.processes import balanced
@@ -105,9 +106,9 @@ class MegatronScorer:
         """
         if self._model is None:
             raise RuntimeError("the scorer was closed; make a new one")
-        _check_needs(needs, self._vocab_size)
+        check_needs(needs, self._vocab_size)
         for request in requests:
-            _check_request(request, needs, self._vocab_size, self._teacher_vocab_size)
+            check_request(request, needs, self._vocab_size, self._teacher_vocab_size)
         return iter(()) if needs.need is Need.NOTHING else self._answers(requests, needs)
 
     def _answers(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
@@ -256,29 +257,3 @@ def _lay_out(requests: list[ScoreRequest], needs: TeacherNeeds) -> tuple[Tensor,
         counts=[len(request.response_ids) for request in requests],
     )
     return torch.cat(inputs), torch.tensor(bounds, dtype=torch.int32), tokens
-
-
-def _check_needs(needs: TeacherNeeds, vocab_size: int) -> None:
-    if needs.entropy and needs.need is not Need.FULL:
-        raise ValueError("the teacher's entropy is served with its whole distribution only (Need.FULL)")
-    if needs.need in (Need.AT_IDS, Need.TOP_K) and not 0 < needs.k <= vocab_size:
-        raise ValueError(f"needs.k: got {needs.k}; expected 1 to the student's {vocab_size} ids")
-
-
-def _check_request(request: ScoreRequest, needs: TeacherNeeds, vocab_size: int, teacher_vocab_size: int) -> None:
-    where = f"score request {request.key}"
-    if not request.context_ids:
-        raise ValueError(f"{where}: got an empty context; expected at least one token before the response")
-    ids = request.response_ids.flatten()
-    if needs.need is Need.AT_IDS:
-        expected = (len(request.response_ids), needs.k)
-        got = None if request.at_ids is None else tuple(request.at_ids.shape)
-        if request.at_ids is None or got != expected:
-            raise ValueError(f"{where}: got at_ids of shape {got}; expected {expected}")
-        ids = torch.cat([ids, request.at_ids.flatten()])
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        found = f"response ids or at_ids from {int(ids.min())} to {int(ids.max())}"
-        raise ValueError(f"{where}: got {found}; expected ids below the student's {vocab_size}")
-    if not 0 <= min(request.context_ids) <= max(request.context_ids) < teacher_vocab_size:
-        found = f"context ids from {min(request.context_ids)} to {max(request.context_ids)}"
-        raise ValueError(f"{where}: got {found}; expected ids below the teacher's {teacher_vocab_size}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, newest_checkpoint, read_state
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 
 
@@ -78,3 +79,11 @@ def test_the_same_step_can_be_saved_again(tmp_path):
     store.load(store.newest(), trainer)
     assert trainer.value == "second"
     assert len(list(store.folder.iterdir())) == 1
+
+
+def test_a_run_is_not_started_anew_over_checkpoints_that_cannot_be_read(tmp_path):
+    store = _store(tmp_path)
+    store.save(FileTrainer("good"), RunState(step=1), "")
+    (store.folder / "step-00000001" / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match="none of which can be read"):
+        _store(tmp_path).newest()

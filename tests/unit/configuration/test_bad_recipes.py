@@ -85,12 +85,16 @@ CASES = [
     Bad("warmup_longer_than_training", "optimizer.warmup_steps: got 11; expected at most train.steps (10); shorten the "
         "warm-up or train longer", ("optimizer.warmup_steps=11",)),
     # sizes that do not divide
-    Bad("heads_by_tensor_parallel", "student.tensor_model_parallel_size: got 3; expected 1 or 2 (divisors of 4 "
-        "attention heads, 2 key-value heads and a feed-forward width of 64); set it to one of these",
+    Bad("heads_by_tensor_parallel", "student.tensor_model_parallel_size: got 3; expected 1, 2 or 4 (4 "
+        "attention heads and a feed-forward width of 64 divide by these, and 2 key-value heads divide by them or "
+        "divide them); set it to one of these",
         ("student.tensor_model_parallel_size=3",)),
-    Bad("key_value_heads_by_tensor_parallel", "teacher.tensor_model_parallel_size: got 8; expected 1, 2 or 4 (divisors "
-        "of 8 attention heads, 4 key-value heads and a feed-forward width of 64); set it to one of these",
-        ("teacher.tensor_model_parallel_size=8",)),
+    Bad("key_value_heads_by_tensor_parallel", "teacher.tensor_model_parallel_size: got 16; expected 1, 2, 4 or 8 (8 "
+        "attention heads and a feed-forward width of 64 divide by these, and 4 key-value heads divide by them or "
+        "divide them); set it to one of these", ("teacher.tensor_model_parallel_size=16",)),
+    Bad("a_run_that_would_overwrite_its_student", "student.model: got run/model; expected a folder that this run does "
+        "not write its own model to; choose another run.dir, or set checkpoint.export_at_end=false",
+        ("run.dir=run", "student.model=run/model")),
     Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
         "or 6 (divisors of 6 layers); set it to one of these", old="data:",
         new="  pipeline_model_parallel_size: 4\ndata:"),
@@ -157,7 +161,7 @@ CASES = [
     Bad("peers_of_one", "rollout.samples_per_prompt: got 1; expected at least 2, as peers are other rollouts of the "
         "same prompt; set it to 8, for example", ("context=peers",)),
     Bad("peers_without_verifier", "verify.name: got none; expected a verifier, as peers are chosen by their reward; "
-        "set verify.name (exact, integer or math), or context=same_prompt",
+        "set verify.name (exact, integer, math, ...), or context=same_prompt",
         ("context=peers", "rollout.samples_per_prompt=4")),
     Bad("unrelated_peers_of_one_prompt", "train.prompts_per_step: got 1; expected at least 2, as peers come from "
         "another prompt of the step; raise it or choose another context.variant",
@@ -173,7 +177,7 @@ CASES = [
     Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "
         "held-out problems, or evaluate.every=0", ("evaluate.every=5",)),
     Bad("evaluation_without_verifier", "verify.name: got none; expected a verifier, as evaluate.path asks for rewards; "
-        "set verify.name (exact, integer or math), or leave evaluate.path out", ("evaluate.path=train.jsonl",)),
+        "set verify.name (exact, integer, math, ...), or leave evaluate.path out", ("evaluate.path=train.jsonl",)),
     Bad("greedy_samples", "evaluate.samples_per_prompt: got 4; expected 1, as greedy samples are all the same; set "
         "evaluate.samples_per_prompt=1 or evaluate.greedy=false",
         ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.greedy=true", "evaluate.samples_per_prompt=4")),

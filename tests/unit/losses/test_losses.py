@@ -27,7 +27,7 @@ from nemo_opd.config import (
     UnitWeight,
 )
 from nemo_opd.errors import ConfigError
-from nemo_opd.losses import DistributionLoss, SampledTokenLoss, build_loss, build_weight, check_pair
+from nemo_opd.losses import DistributionLoss, SampledTokenLoss, build_loss, build_weight
 from nemo_opd.losses.advantage import SampledReverseKL
 from nemo_opd.losses.policy_gradient import PolicyGradient
 from nemo_opd.losses.reverse_kl import ReverseKL
@@ -104,15 +104,6 @@ def test_a_distribution_level_value_is_no_advantage():
     with pytest.raises(ConfigError, match="expected gradient is zero"):
         build_loss(PolicyGradientLoss(advantage="reverse_kl"))
     assert isinstance(PolicyGradient(advantage=SampledReverseKL()).advantage, SampledReverseKL)
-
-
-def test_the_importance_ratio_is_applied_once():
-    weight = build_weight(TruncatedImportanceWeight())
-    with pytest.raises(ConfigError, match="applied twice"):
-        check_pair(build_loss(PolicyGradientLoss()), weight)
-    check_pair(build_loss(PolicyGradientLoss(importance_ratio="none")), weight)
-    check_pair(build_loss(ReverseKLLoss()), weight)
-    check_pair(build_loss(PolicyGradientLoss()), build_weight(PrefixWeight()))
 
 
 def test_a_weight_that_needs_the_teachers_sampled_scores_says_so():

@@ -88,15 +88,6 @@ def test_seek_onto_another_data_set_is_refused(data: DataConfig, tokenizer, tmp_
         PromptStream(other, tokenizer).seek(state)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("n", [0, 1, 7, 8])
-def test_shards_partition_the_batch(size: int, n: int) -> None:
-    items = list(range(n))
-    shards = [PromptStream.shard(items, rank, size) for rank in range(size)]
-    assert sorted(i for shard in shards for i in shard) == items
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
-
-
 MALFORMED = [
     ('{"prompt": ', "JSON"),
     ({"question": "x"}, "no 'prompt' \\(keys: \\['question'\\]\\)"),

@@ -58,9 +58,21 @@ def _parameters_equal(generator: HFGenerator, model: Any) -> bool:
 
 def test_the_generator_holds_the_trainers_weights_bit_for_bit() -> None:
     student, generator = tiny_model(seed=1), HFGenerator(tiny_model())
-    refit(Exporter(student), generator, 4)
-    assert generator.version == 4
+    manifest = refit(Exporter(student), generator, 4)
+    assert generator.version == manifest.version == 4
+    assert {spec.name: spec.shape for spec in manifest.tensors} == {
+        name: tuple(tensor.shape) for name, tensor in student.state_dict().items()
+    }
     assert _parameters_equal(generator, student)
+
+
+def test_weights_that_are_not_those_of_the_refit_before_are_refused() -> None:
+    student, generator = tiny_model(seed=1), HFGenerator(tiny_model())
+    manifest = refit(Exporter(student), generator, 0)
+    with pytest.raises(RefitError, match="as float64"):
+        refit(Exporter(student.double()), generator, 1, expected=manifest)
+    refit(Exporter(student.float()), generator, 1, expected=manifest)
+    assert generator.version == 1
 
 
 def test_a_failure_is_raised_after_the_export_is_exhausted() -> None:

@@ -167,7 +167,7 @@ def test_the_consumer_keeps_its_gradient_mode() -> None:
     ("request_", "needs", "message"),
     [
         (ScoreRequest(4, (), torch.tensor([1])), TeacherNeeds(Need.SAMPLED), "request 4: got an empty context"),
-        (ScoreRequest(4, (1,), torch.tensor([48])), TeacherNeeds(Need.SAMPLED), "below the teacher's 48"),
+        (ScoreRequest(4, (1,), torch.tensor([48])), TeacherNeeds(Need.SAMPLED), "below the student's 48"),
         (ScoreRequest(4, (1,), torch.tensor([1])), TeacherNeeds(Need.AT_IDS, k=2), "at_ids of shape None"),
         (ScoreRequest(4, (1,), torch.tensor([1])), TeacherNeeds(Need.TOP_K, k=49), r"needs\.k: got 49"),
         (ScoreRequest(4, (1,), torch.tensor([1])), TeacherNeeds(Need.TOP_K), r"needs\.k: got 0"),
