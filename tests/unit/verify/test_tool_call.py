@@ -145,7 +145,7 @@ def test_arguments_against_a_schema(arguments: dict[str, Any], right: bool) -> N
         {"name": "w", "schema": {"type": "text"}}, {"name": "w", "schema": {"properties": {"x": {"$ref": "#"}}}},
         {"name": "w", "schema": {"anyOf": []}}, {"name": "w", "schema": {"minimum": "1"}},
         {"name": "w", "schema": 3}, {"name": "w", "schema": {}, "arguments": {}}, {"name": 1, "schema": {}},
-        {"name": "w", "schema": {"required": "x"}},
+        {"name": "w", "schema": {"required": "x"}}, {"name": "w", "schema": {"properties": {"x": {"requird": ["y"]}}}},
     ],
 )  # fmt: skip
 def test_a_reference_that_cannot_be_applied_gives_no_reward(reference: Any) -> None:
