@@ -77,7 +77,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path):
     first.send_signal(signal.SIGINT)
     code, output = _finish(first)
     assert code == 75, output
-    assert "stopping after this step" in output
+    assert "stopping, with a checkpoint" in output
     outcome = json.loads((disturbed / "outcome.json").read_text())
     assert outcome["status"] == "preempted"
     done = outcome["step"]
