@@ -137,7 +137,7 @@ class Children:
         elif not self._asked:
             self._asked = True
             request_stop(self._run_dir, self._attempt)
-            _say("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without one)")
+            _say("\nstopping, with a checkpoint of what is trained (Ctrl-C again: at once, without one)")
 
 
 def _start_processes(config: Config, folder: Path, attempt: str, processes: int) -> int:

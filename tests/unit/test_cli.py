@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     [
         (
             ["student.tensor_model_parallel_size=3"],
-            "error: student.tensor_model_parallel_size: got 3; expected 1 or 2 (",
+            "error: student.tensor_model_parallel_size: got 3; expected 1, 2 or 4 (",
         ),
         (["train.lr=1"], "error: train.lr: got an unknown key; expected a key of `train`; did you mean"),
         (["teacher.model=nowhere"], "error: teacher.model: got no folder nowhere; expected a model folder; give a"),

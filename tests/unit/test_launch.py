@@ -127,7 +127,7 @@ def test_ctrl_c_becomes_a_stop_request(tmp_path: Path) -> None:
         parent.process.send_signal(signal.SIGINT)
         code, errors = parent.end()
     assert code == EXIT_CODES[Status.PREEMPTED]
-    assert "stopping after this step, with a checkpoint" in errors
+    assert "stopping, with a checkpoint of what is trained" in errors
     assert not any(alive(pid) for pid in pids)
 
 

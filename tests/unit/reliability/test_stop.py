@@ -98,7 +98,7 @@ def test_a_signal_asks_and_a_second_interrupt_ends(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode != 0
-    assert "stopping after this step" in errors
+    assert "stopping, with a checkpoint" in errors
     assert "KeyboardInterrupt" in errors
 
 
