@@ -174,7 +174,11 @@ def test_a_killed_parent_asks_its_processes_to_end(tmp_path: Path) -> None:
 def test_other_signals_ask_for_a_stop_too(tmp_path: Path, number: signal.Signals) -> None:
     code = f"import os, time; os.kill(os.getppid(), {int(number)})\n"
     code += f"while not os.path.exists({str(tmp_path / 'control' / 'stop')!r}): time.sleep(0.01)"
-    assert Children(tmp_path, "a").run([sys.executable, "-c", code], os.environ) == 0
+    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        assert Children(tmp_path, "a").run([sys.executable, "-c", code], os.environ) == 0
+    finally:
+        signal.signal(number, before)
     assert (tmp_path / "control" / "stop").read_text() == "a\n"
 
 
