@@ -10,7 +10,8 @@ gradients, 4 bytes x (tokens + vocabulary) x hidden in float32, are part of it. 
 four matrix products alone, in chunks of the same size. Gradient errors are the largest absolute difference to float64
 on 64 tokens, over the largest gradient. TP 2 is two processes of one thread each over gloo (NCCL on two GPUs), and its
 limit the same products on half the vocabulary each, also in two processes. Peers come from PyPI (extra `bench`); one
-that is not installed is left out of the table.
+that is not installed is left out of the table. On a shared machine the limit itself moves by a tenth between runs, so a
+ratio may come out below 1: read `slowest` beside `seconds`.
 """
 
 from __future__ import annotations
@@ -424,7 +425,8 @@ def main() -> None:
     lines = [table_row(case, found, _limit_of(case, rows)) for case, found in rows]
     RESULTS.mkdir(exist_ok=True)
     name = f"losses-{device}-{arguments.grid}"
-    text = f"# Losses: time, memory, gradient error\n\n{machine(device)}\n\n" + "\n".join([HEADER, *lines]) + "\n"
+    text = f"# Losses: time, memory, gradient error\n\n`python -m benchmarks.losses --grid {arguments.grid}`, best of "
+    text += f"{arguments.repeats}: {machine(device)}\n\n" + "\n".join([HEADER, *lines]) + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     (RESULTS / f"{name}.json").write_text(json.dumps([{**asdict(c), **f} for c, f in rows], indent=1) + "\n")
 
