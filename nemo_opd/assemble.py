@@ -11,15 +11,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemo_opd.checkpoint.store import CheckpointStore, RunState
-from nemo_opd.config import EXPORT_FOLDER, Config
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, restore
+from nemo_opd.config import EXPORT_FOLDER, Config, TrapStop
 from nemo_opd.configuration.load import to_yaml
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
 from nemo_opd.engines.megatron.families import read_architecture
+from nemo_opd.engines.megatron.model import dtype_of
 from nemo_opd.engines.megatron.scorer import MegatronScorer
 from nemo_opd.engines.megatron.trainer import MegatronTrainer
-from nemo_opd.engines.megatron.weights import save_hf_checkpoint
+from nemo_opd.engines.megatron.weights import load_output_weight, save_hf_checkpoint
 from nemo_opd.engines.protocols import Generator, Scorer
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
@@ -31,6 +32,9 @@ from nemo_opd.prompts.stream import PromptStream, first_prompts
 from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
+from nemo_opd.stop.base import NoStop, StopRule
+from nemo_opd.stop.build import build_stop
+from nemo_opd.stop.divergence import FullDivergence, Measure, TailDivergence
 from nemo_opd.teacher.build import build_context
 from nemo_opd.teacher.contexts import TeacherContext
 from nemo_opd.types import Need, Sampling
@@ -56,6 +60,10 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         prompts.seek(state.prompts)
         log.info("resuming from %s", newest)
     state.prompts = prompts.state()
+    context = build_teacher_context(config, tokenizer)
+    stop_rule = build_stop_rule(config, processes, tokenizer, context, generator, scorer)
+    stateful = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
+    restore(stateful, state)
     if processes.is_first:
         (folder / "config.yaml").write_text(config_text)
     return Run(
@@ -65,9 +73,10 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         processes=processes,
         prompts=prompts,
         decode=decoder(tokenizer),
-        source=build_source(config, tokenizer, generator),
+        source=build_source(config, tokenizer, generator, stop_rule),
         verifier=build_verifier(config.verify),
-        context=build_teacher_context(config, tokenizer),
+        context=context,
+        stop_rule=stop_rule,
         scorer=scorer,
         loss=loss,
         trainer=trainer,
@@ -78,6 +87,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         recorder=build_recorder(config, state) if processes.is_first else None,
         state=state,
         started_at=state.step,
+        stateful=stateful,
     )
 
 
@@ -158,7 +168,39 @@ def build_teacher_context(config: Config, tokenizer: Tokenizer) -> TeacherContex
     return build_context(config.context, tokenizer, config.run.seed, config.data.answer_key)
 
 
-def build_source(config: Config, tokenizer: Tokenizer, generator: Generator | None) -> RolloutSource:
+def build_stop_rule(
+    config: Config,
+    processes: Processes,
+    tokenizer: Tokenizer,
+    context: TeacherContext,
+    generator: Generator | None,
+    scorer: Scorer | None,
+) -> StopRule:
+    """When training rollouts end before EOS and the token limit."""
+    measure = None
+    if isinstance(config.stop, TrapStop):
+        assert isinstance(generator, HFGenerator) and scorer is not None
+        measure = build_measure(config, config.stop, processes, generator, scorer)
+    return build_stop(config.stop, context, decoder(tokenizer), processes, config.run.seed, measure)
+
+
+def build_measure(
+    config: Config, slot: TrapStop, processes: Processes, generator: HFGenerator, scorer: Scorer
+) -> Measure:
+    """The divergence of the generator's student from the teacher, on what the student writes."""
+    vocab_size, tokens = read_architecture(config.student.model).vocab_size, config.teacher.micro_batch_tokens
+    student = HFScorer(generator.model, micro_batch_tokens=tokens, vocab_size=vocab_size)
+    if slot.divergence == "tail":
+        return Measure(TailDivergence(student, scorer, slot.k, processes, slot.support == "teacher"), processes)
+    own = student.output_weight()
+    dtype = dtype_of(config.teacher.dtype, "teacher.dtype")
+    theirs = load_output_weight(str(config.teacher.model), 0, vocab_size, vocab_size, dtype).to(own.device)
+    return Measure(FullDivergence(student, scorer, own, theirs), processes)
+
+
+def build_source(
+    config: Config, tokenizer: Tokenizer, generator: Generator | None, stop_rule: StopRule
+) -> RolloutSource:
     """Who writes the responses of training steps."""
     rollout = config.rollout
     if config.prefix.name == "dataset":
@@ -166,7 +208,7 @@ def build_source(config: Config, tokenizer: Tokenizer, generator: Generator | No
         return DatasetSource(lambda text: response_token_ids(tokenizer, text, eos), rollout.max_new_tokens)
     assert generator is not None
     sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    return StudentSource(generator, sampling, rollout.samples_per_prompt, config.run.seed)
+    return StudentSource(stop_rule.writer(generator), sampling, rollout.samples_per_prompt, config.run.seed)
 
 
 def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:

@@ -127,6 +127,62 @@ class DefaultStop(SlotConfig):
 
 
 @dataclass
+class TrapStop(SlotConfig):
+    """The low-divergence rule of KAT (arXiv 2606.09471); formula in nemo_opd/stop/rule.py. Sizes are in tokens."""
+
+    window: int = 64
+    """W: a window's value is its mean divergence."""
+    consecutive: int = 4
+    """C: so many windows in a row below the threshold cut the rollout at the start of the first."""
+    threshold_quantile: float = 0.7
+    """1 - eta: this quantile of the last rollouts' lowest windows is the threshold; reconstructed."""
+    history: int = 4096
+    """Rollouts whose lowest window is remembered."""
+    warmup_samples: int = 512
+    """Nothing is cut before so many are remembered ..."""
+    warmup_steps: int = 50
+    """... and before so many steps were made."""
+    grace: int | None = None
+    """Windows that end before this token are not tested, so grace - window tokens are kept. None: the window."""
+    stride: int = 1
+    """Tokens between two tested windows."""
+    divergence: str = "tail"
+    """tail: k ids and one bucket for the rest; full: the whole vocabulary (every process holds both output layers)"""
+    k: int = 64
+    """Of tail."""
+    support: str = "student"
+    """Of tail: whose k most probable ids, student or teacher"""
+
+
+@dataclass
+class KatStop(TrapStop):
+    """Ends a rollout where the teacher has agreed with it for too long (KAT, arXiv 2606.09471)."""
+
+    name: str = "kat"
+    form: str = "segments"
+    """segments: the rule ends rollouts while they are written; after: they are written whole and cut then"""
+    segment_tokens: int = 256
+    """Tokens written between two looks of the rule (segments); each look reads the response again from its start."""
+
+
+@dataclass
+class FixedStop(SlotConfig):
+    """A control: every rollout ends after `length` tokens."""
+
+    name: str = "fixed"
+    length: int = MISSING
+
+
+@dataclass
+class LengthMatchedStop(TrapStop):
+    """A control: KAT's own cut lengths, dealt out at random to rollouts that are long enough."""
+
+    name: str = "length_matched"
+    tolerance: float = 0.02
+    """Share by which the tokens that stay may differ from KAT's, in each step."""
+
+
+@dataclass
 class SamePromptContext(SlotConfig):
     """The teacher sees the prompt that the student saw."""
 
@@ -348,7 +404,12 @@ class PrefixWeight(SlotConfig):
 
 SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
     "prefix": {"student": StudentPrefix, "dataset": DatasetPrefix},
-    "stop": {"default": DefaultStop},
+    "stop": {
+        "default": DefaultStop,
+        "kat": KatStop,
+        "fixed": FixedStop,
+        "length_matched": LengthMatchedStop,
+    },
     "context": {"same_prompt": SamePromptContext, "privileged": PrivilegedContext, "peers": PeersContext},
     "loss": {
         "reverse_kl": ReverseKLLoss,

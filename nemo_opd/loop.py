@@ -1,6 +1,6 @@
 """The run and the step, in one direction:
 
-    prompts -> rollout -> verify -> teacher context -> teacher scores -> pack -> train step -> refit
+    prompts -> rollout -> verify -> teacher context -> stop rule -> teacher scores -> pack -> train step -> refit
             -> checkpoint / evaluate
 
 Every rank runs this file in lockstep. A rank writes its share of the responses; all ranks then know all of them, and
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nemo_opd.checkpoint.store import CheckpointStore, RunState
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
 from nemo_opd.config import Config
 from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
@@ -34,6 +34,7 @@ from nemo_opd.refit.transfer import refit
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
+from nemo_opd.stop.base import StopRule
 from nemo_opd.teacher.contexts import TeacherContext
 from nemo_opd.types import PackedRow, Prompt, Rollout, ScoreRequest, StepReport, TeacherScores, TrainBatch
 from nemo_opd.verify.base import Verifier
@@ -57,6 +58,7 @@ class Run:
     source: RolloutSource
     verifier: Verifier | None
     context: TeacherContext
+    stop_rule: StopRule
     scorer: Scorer | None
     loss: DistillationLoss
     trainer: Trainer
@@ -70,6 +72,8 @@ class Run:
     """Steps that were done when this attempt began."""
     weights: Manifest | None = None
     """What the generator was last given."""
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    """By name, the parts of the algorithm that have a state of their own: it is saved with the run's."""
 
     @property
     def place(self) -> Place:
@@ -112,9 +116,11 @@ def one_step(run: Run) -> StepReport | None:
         if run.stop.agreed():
             return None  # the stream's position in the run's state is still the one before this step
         rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
-    replicas = balanced([sequence_length(rollout) for rollout in rollouts], run.place.data_parallel_size)
     with clock.section("context"):
         contexts = run.context.context_ids(rollouts)
+    with clock.section("stop"):
+        rollouts = run.stop_rule.cut(rollouts, contexts)
+    replicas = balanced([sequence_length(rollout) for rollout in rollouts], run.place.data_parallel_size)
     with clock.section("score"):
         scores = {answer.key: answer for answer in scored(run, rollouts, contexts, replicas)}
     with clock.section("pack"):
@@ -124,6 +130,7 @@ def one_step(run: Run) -> StepReport | None:
         stats = run.trainer.train_step(batch)
     run.state.step += 1
     run.state.prompts = run.prompts.state()
+    stopped = run.stop_rule.end_step()
     if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
         with clock.section("refit"):
             refit_generator(run)
@@ -134,7 +141,8 @@ def one_step(run: Run) -> StepReport | None:
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **rollout_metrics(rollouts),
-        **token_metrics(run.state, rollouts, contexts, trained),
+        **token_metrics(run.state, rollouts, contexts, trained, stopped.discarded),
+        **stopped.metrics,
         "optimizer/grad_norm": stats.grad_norm,
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),
@@ -212,19 +220,25 @@ def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
 
 
 def token_metrics(
-    state: RunState, rollouts: Sequence[Rollout], contexts: Sequence[Context], counts: Mapping[str, float]
+    state: RunState,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Context],
+    counts: Mapping[str, float],
+    discarded: int,
 ) -> dict[str, float]:
     """Tokens of this step, and their totals since the start of the run (kept in its state).
 
-    `without_context` are those that the teacher was not asked about, `dropped` those whose score did not arrive.
+    `without_context` are those that the teacher was not asked about, `dropped` those whose score did not arrive;
+    `discarded` were written, but the stop rule cut them off.
     """
     pairs = zip(rollouts, contexts, strict=True)
     silent = float(sum(int(rollout.loss_mask.sum()) for rollout, context in pairs if context is None))
     step = {
-        "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts)),
+        "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts) + discarded),
         "trained": max(value for name, value in counts.items() if name != "dropped"),
         "dropped": counts["dropped"] - silent,
         "without_context": silent,
+        "discarded": float(discarded),
     }
     for name, value in step.items():
         state.counters[name] = state.counters.get(name, 0.0) + value
@@ -264,6 +278,7 @@ def evaluate(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Commit a checkpoint of the current step."""
+    run.state.algorithm = {name: part.state() for name, part in run.stateful.items()}
     path = run.store.save(run.trainer, run.state, run.config_text)
     log.info("saved %s", path)
 

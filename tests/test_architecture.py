@@ -41,12 +41,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": NOUNS,
     "teacher": {"engines.protocols", "prompts", "rollout.seeds", *NOUNS},
     "rollout": {"engines.protocols", *NOUNS},
+    "stop": {"engines.protocols", "rollout", "teacher.contexts", "vocab", *NOUNS},
     "observe": NOUNS,
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
     "tasks": {"prompts", *NOUNS},
     "loop": {
         *("engines.protocols", "checkpoint", "evaluate", "losses", "observe", "packing", "prompts", "refit"),
-        *("reliability", "rollout", "teacher", "verify", *NOUNS),
+        *("reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
     },
 }
 """Area -> the areas it may import besides itself. An area is a module or package below nemo_opd."""

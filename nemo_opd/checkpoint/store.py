@@ -13,9 +13,10 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_opd.engines.protocols import Trainer
 from nemo_opd.errors import ConfigError
@@ -42,6 +43,27 @@ class RunState:
     """Position of the prompt stream."""
     counters: dict[str, float] = field(default_factory=dict)
     """Totals since the start of the run (tokens generated, tokens trained, scores dropped, ...)."""
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    """By name, what the parts of the algorithm remember (`Stateful`): plain JSON data, the same on every rank."""
+
+
+class Stateful(Protocol):
+    """A part of the algorithm that remembers something from step to step."""
+
+    def state(self) -> dict[str, Any]:
+        """All that decides how it goes on, as plain JSON data (finite numbers: they survive JSON bit for bit)."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+
+
+def restore(parts: Mapping[str, Stateful], state: RunState) -> None:
+    """Give each part what it remembered; one that the checkpoint does not know starts afresh, and says so."""
+    for name, part in parts.items():
+        if name in state.algorithm:
+            part.load_state(state.algorithm[name])
+        elif state.step:
+            log.warning("%s was not part of the run until step %d: it begins without a history", name, state.step)
 
 
 class CheckpointStore:

@@ -25,6 +25,7 @@ from nemo_opd.config import (
     SamePromptContext,
 )
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
+from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "context.variant": ("contrastive", "successes", "random_peer", "unrelated_prompt", "success_only_matched"),
     "context.place": ("user", "system"),
     "context.fallback": ("mask", "plain_prompt"),
+    "stop.form": ("segments", "after"),
+    "stop.divergence": ("tail", "full"),
+    "stop.support": ("student", "teacher"),
     "loss.support": ("student", "teacher", "union", "intersection"),
     "loss.teacher": ("full", "scores"),
     "loss.divergence": ("reverse", "forward", "jsd"),
@@ -61,6 +65,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.top_k": (0, math.inf),
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
+    "stop.window": (1, math.inf),
+    "stop.consecutive": (1, math.inf),
+    "stop.threshold_quantile": (0, 1),
+    "stop.history": (1, math.inf),
+    "stop.warmup_samples": (0, math.inf),
+    "stop.warmup_steps": (0, math.inf),
+    "stop.grace": (0, math.inf),
+    "stop.stride": (1, math.inf),
+    "stop.k": (1, math.inf),
+    "stop.segment_tokens": (1, math.inf),
+    "stop.length": (1, math.inf),
+    "stop.tolerance": (0, 1),
     "context.max_tokens": (1, math.inf),
     "context.success_threshold": (1e-6, 1),
     "context.successes": (1, math.inf),
@@ -110,6 +126,7 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         _ranges,
         _teacher,
         _written_responses,
+        stop_rules,
         _context,
         _importance,
         _served_scores,
@@ -386,9 +403,10 @@ def _vocabulary(config: Config, model: ModelSizes) -> None:
     if (tensor - 1) * shard >= model.vocabulary:
         expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
         raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
-    k = getattr(config.loss, "k", 0)
-    if k > model.vocabulary:
-        raise ConfigError("loss.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
+    for slot in ("loss", "stop"):
+        k = getattr(getattr(config, slot), "k", 0)
+        if k > model.vocabulary:
+            raise ConfigError(f"{slot}.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
 
 
 def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:

@@ -81,6 +81,13 @@ class HFGenerator:
         self._refusal = "" if read_weights else "it has no weights yet"
         self.version = -1
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that writes: a scorer of it sees each set of weights that `load_weights` takes."""
+        if self._model is None:
+            raise RuntimeError("generator: got a call after close; make a new one")
+        return self._model
+
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
     ) -> Iterator[Rollout]:

@@ -1,0 +1,1 @@
+"""When a rollout ends: the `stop` slot."""
