@@ -26,7 +26,7 @@ class StopRule(Protocol):
     def writer(self, generator: Generator) -> Generator:
         """Who writes the rollouts of training steps: `generator`, or one that asks the rule as it goes.
 
-        `generate` of the latter is collective: every rank calls it once a step and exhausts it.
+        `generate` of the latter is collective: every rank calls it equally often and exhausts it.
         """
 
     def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[tuple[int, ...] | None]) -> list[Rollout]:

@@ -61,7 +61,7 @@ class TrapWatch:
         self.history = History(slot)
         self.measure = measure
         self.judged: list[Judged] = []
-        """The step's rollouts, ordered by (prompt, sample); the same on every rank."""
+        """The rollouts of the step so far, ordered by (prompt, sample); the same on every rank."""
 
     def judge_whole(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> None:
         """Judge finished rollouts. Those without a teacher context are never cut. Collective."""

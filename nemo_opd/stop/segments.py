@@ -80,11 +80,11 @@ class _Own:
 
 
 class SegmentedGenerator:
-    """A `Generator` whose rollouts end where the rule says. `generate` is collective: all ranks call it once a step.
+    """A `Generator` whose rollouts end where the rule says. `generate` is collective: all ranks call it alike.
 
     Args:
         generator: writes; loaded and closed by its owner.
-        watch: judges; it is handed the step's judgements when a `generate` is exhausted.
+        watch: judges; a `generate` that is exhausted adds its rollouts to the step's.
         segment_tokens: tokens written between two looks of the rule.
     """
 
@@ -114,7 +114,6 @@ class SegmentedGenerator:
         self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
     ) -> Iterator[Rollout]:
         """See `Generator.generate`. A stop request on any rank ends it on all of them, after the same round."""
-        self._watch.judged = []
         threshold = self._watch.history.threshold()
         tracks, own = self._begin(requests)
         segment = sampling.max_new_tokens if threshold is None else self._segment_tokens
@@ -130,7 +129,7 @@ class SegmentedGenerator:
             for mine in running:
                 if not tracks[mine.number].running:
                     yield self._finished(mine, tracks[mine.number])
-        self._watch.judged = [_judged(track, sampling.max_new_tokens) for track in tracks]
+        self._watch.judged += [_judged(track, sampling.max_new_tokens) for track in tracks]
 
     def _begin(self, requests: Sequence[GenerateRequest]) -> tuple[list[_Track], list[_Own]]:
         """Tell all ranks what each request starts from. One gather."""

@@ -69,8 +69,8 @@ CASES = [
     Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, ", ("loss=reverse_kll",)),
     Bad("refused_loss", "loss.name: got k1; expected a loss with a gradient; that of log p - log q on sampled tokens "
         "is zero in expectation; use policy_gradient or k2", ("loss=k1",)),
-    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of opd, policy_gradient_opd, sft; did "
-        "you mean `sft`?", new="algorithm: sfft\n"),
+    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of kat, opd, "
+        "policy_gradient_opd, sft; did you mean `sft`?", new="algorithm: sfft\n"),
     Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
         ("loss.clip_ratio=0.2",)),
     # values
@@ -172,6 +172,28 @@ CASES = [
     Bad("context_longer_than_the_teacher", "context.max_tokens: got 10240 besides up to 128 of prompt and response; "
         "expected together at most the 256 positions of the teacher; lower it",
         ("context=peers", "rollout.samples_per_prompt=4", "verify.name=exact")),
+    Bad("stop_of_a_data_set", "stop.name: got kat; expected default, as the data set wrote the responses; leave stop "
+        "out, or choose prefix=student to let the student write", ("algorithm=sft", "teacher.engine=none", "stop=kat")),
+    Bad("trap_without_teacher", "stop.name: got length_matched; expected default or fixed, as loss cross_entropy asks "
+        "no teacher; leave it out or choose a loss with a teacher",
+        ("stop=length_matched", "loss=cross_entropy", "teacher.engine=none")),
+    Bad("trap_that_never_closes", "stop.window: got 67 tokens before the rule can act (window or grace, then "
+        "consecutive - 1 times stride); expected at most rollout.max_new_tokens (64); shorten window, grace, "
+        "consecutive or stride", ("stop=kat",)),
+    Bad("trap_that_never_learns", "stop.warmup_samples: got 512; expected at most stop.history (100), or the rule "
+        "never becomes active; lower it", ("stop=kat", "stop.window=8", "stop.history=100")),
+    Bad("trap_with_peers_to_come", "stop.form: got segments; expected after with context peers, which is made of "
+        "finished rollouts; set stop.form=after, or choose another context",
+        ("stop=kat", "stop.window=8", "context=peers", "context.max_tokens=64", "rollout.samples_per_prompt=4",
+         "verify.name=exact")),
+    Bad("trap_ids_beyond_the_vocabulary", "stop.k: got 97; expected at most the student's vocabulary of 96; lower it",
+        ("stop=kat", "stop.window=8", "stop.k=97")),
+    Bad("trap_parameter_of_another_form", "stop.form: got during; expected one of segments, after; choose one of these",
+        ("stop=kat", "stop.form=during")),
+    Bad("fixed_length_missing", "stop.length: got nothing; expected a whole number; set stop.length in the recipe or "
+        "on the command line", ("stop=fixed",)),
+    Bad("fixed_length_above_the_limit", "stop.length: got 65; expected at most rollout.max_new_tokens (64); lower it",
+        ("stop=fixed", "stop.length=65")),
     Bad("mixture_out_of_range", "loss.beta: got 1.5; expected a value from 0 to 1; change the value",
         ("loss=jsd", "loss.beta=1.5")),
     Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "
