@@ -16,6 +16,7 @@ from nemo_opd import __version__
 from nemo_opd.configuration.folders import folder_kind
 from nemo_opd.configuration.load import load, to_yaml
 from nemo_opd.errors import ConfigError
+from nemo_opd.evaluate.lengths import parse_lengths
 from nemo_opd.launch import start
 from nemo_opd.reliability.outcome import EXIT_CODES, INTERRUPTED, Status
 from nemo_opd.worker import configure_logging
@@ -65,6 +66,12 @@ examples:
   nemo-opd eval models/student --data heldout.jsonl verify.name=math     any model folder
 
 Prints avg@k and pass@k (k = evaluate.samples_per_prompt) with the number of problems and a 95 % interval.
+
+  nemo-opd eval runs/distil --data heldout.jsonl --teacher-on-prefixes 25%,50%,75%
+  nemo-opd eval models/student --data heldout.jsonl teacher.model=models/teacher --teacher-on-prefixes 64,128,256
+
+Lets the teacher continue from what the student wrote, so many tokens or a share of each response, and prints its
+accuracy for each length, beside that of the teacher alone on the same problems.
 """
 
 _EXPORT = """
@@ -151,6 +158,11 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="generate with plain transformers too and show whether the answers are the same (model folders only)",
     )
+    parser.add_argument(
+        "--teacher-on-prefixes",
+        metavar="LENGTHS",
+        help="let the teacher continue the student's responses from prefixes of these lengths: 64,128 or 25%%,50%%",
+    )
     _add_overrides(parser, "settings that win over the run's")
     parser.set_defaults(run=_eval)
 
@@ -197,6 +209,11 @@ def _eval(args: argparse.Namespace) -> int:
     if args.compare_transformers and args.kind != "model":
         way_out = "export the run first, and name the folder that was written"
         raise ConfigError("--compare-transformers", f"a {args.kind} folder", "a model folder", way_out)
+    if args.teacher_on_prefixes is not None:
+        args.teacher_on_prefixes = parse_lengths(args.teacher_on_prefixes, "--teacher-on-prefixes")
+        if args.compare_transformers:
+            way_out = "run them one after the other"
+            raise ConfigError("--compare-transformers", "also --teacher-on-prefixes", "one of the two", way_out)
     if args.data is not None and not args.data.exists():
         raise ConfigError("--data", f"no file {args.data}", "a .jsonl or .parquet file", "check the path")
     _refuse_wrong_overrides(args)

@@ -5,30 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from nemo_opd.assemble import build_evaluation, build_generator
+from nemo_opd.assemble import build_evaluation, build_generator, check_same_tokens, decoder
 from nemo_opd.config import Config
 from nemo_opd.configuration.load import load
+from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.protocols import Generator
 from nemo_opd.errors import ConfigError
+from nemo_opd.evaluate.prefixes import accuracy, rewards, table, teacher_on_prefixes, write
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.processes import Processes
-from nemo_opd.prompts.template import load_tokenizer
+from nemo_opd.prompts.template import eos_token_ids, load_tokenizer
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import Prompt
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate what `args.path` holds (`args.kind`: run, checkpoint or model) and print the result in one line."""
+    """Evaluate what `args.path` holds (`args.kind`: run, checkpoint or model) and print the result."""
     config = configuration(args)
     tokenizer = load_tokenizer(config.student.model)
     evaluation = build_evaluation(config, tokenizer)
     assert evaluation is not None
     generator = load_generator(args, config)
+    if args.teacher_on_prefixes is not None:
+        answer = prefix_answer(args, config, evaluation, generator)
+        evaluation.verifier.close()
+        write_answer(args, answer)
+        return 0
     # Ctrl-C ends it at once, and a stop request in the folder is the training run's.
     result = evaluation.measure(generator, Processes(), StopRequest(None, "evaluation", Processes()))
     assert result is not None, "only a stop request ends an evaluation early"
@@ -42,10 +51,44 @@ def main(args: argparse.Namespace) -> int:
         answer["same_as_transformers"] = same
         if same < count:
             return 70
+    write_answer(args, answer)
+    return 0
+
+
+def write_answer(args: argparse.Namespace, answer: Mapping[str, Any]) -> None:
+    """Where `--out` asks for it."""
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(answer, indent=1) + "\n")
-    return 0
+
+
+def prefix_answer(
+    args: argparse.Namespace, config: Config, evaluation: Evaluation, student: Generator
+) -> dict[str, Any]:
+    """`--teacher-on-prefixes`: print the table, return it as JSON data. One of the two models is held at a time."""
+    teacher_folder = config.teacher.model
+    if teacher_folder is None:
+        raise ConfigError("teacher.model", "nothing", "the model that continues", "set teacher.model=FOLDER")
+    tokenizers = load_tokenizer(config.student.model), load_tokenizer(teacher_folder, "teacher.model")
+    check_same_tokens(*tokenizers)
+    rollouts = write(evaluation, student)
+    student.close()
+    eos_ids = {  # the student's end a prefix, the teacher's its own responses
+        *eos_token_ids(config.student.model, tokenizers[0]),
+        *eos_token_ids(teacher_folder, tokenizers[1], "teacher.model"),
+    }
+    teacher = HFGenerator(
+        Path(teacher_folder),
+        eos_ids=sorted(eos_ids),
+        decode=decoder(tokenizers[1]),
+        dtype=config.teacher.dtype,
+        batch_size=config.rollout.batch_size,
+    )
+    own = accuracy("student", rewards(evaluation, rollouts))
+    points = list(teacher_on_prefixes(evaluation, rollouts, teacher, args.teacher_on_prefixes))
+    teacher.close()
+    sys.stdout.write(table(own, points))
+    return {"student": own and own.as_dict(), "teacher_on_prefixes": [point.as_dict() for point in points]}
 
 
 def configuration(args: argparse.Namespace) -> Config:

@@ -57,7 +57,7 @@ def avg_at_k(rewards: Sequence[Sequence[float]]) -> Estimate:
     """
     k = _samples_per_problem(rewards)
     means = [sum(row) / k for row in rewards]
-    return _estimate(f"avg@{k}", means, k)
+    return mean_over_problems(f"avg@{k}", means, k)
 
 
 def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 1.0) -> Estimate:
@@ -74,7 +74,7 @@ def pass_at_k(rewards: Sequence[Sequence[float]], k: int, threshold: float = 1.0
     if not 1 <= k <= n:
         raise ValueError(f"k: got {k}; expected 1 to {n}, the samples of a problem; draw more samples")
     chances = [pass_chance(n, sum(r >= threshold for r in row), k) for row in rewards]
-    return _estimate(f"pass@{k}", chances, n)
+    return mean_over_problems(f"pass@{k}", chances, n)
 
 
 def pass_chance(n: int, c: int, k: int) -> float:
@@ -120,7 +120,8 @@ def effective_trials(values: Sequence[float], samples: int) -> float:
     return most if variance * most <= mean * (1 - mean) * n else mean * (1 - mean) * n / variance
 
 
-def _estimate(name: str, values: Sequence[float], samples: int) -> Estimate:
+def mean_over_problems(name: str, values: Sequence[float], samples: int) -> Estimate:
+    """The mean of per-problem `values` (in [0, 1], at least one), each worth `samples` samples."""
     mean = sum(values) / len(values)
     low, high = wilson_interval(mean, effective_trials(values, samples))
     return Estimate(name, mean, low, high, len(values), samples)
