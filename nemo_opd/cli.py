@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemo_opd import __version__
+from nemo_opd.config import Config
 from nemo_opd.configuration.folders import folder_kind
 from nemo_opd.configuration.load import load, to_yaml
 from nemo_opd.errors import ConfigError
@@ -216,7 +217,9 @@ def _eval(args: argparse.Namespace) -> int:
             raise ConfigError("--compare-transformers", "also --teacher-on-prefixes", "one of the two", way_out)
     if args.data is not None and not args.data.exists():
         raise ConfigError("--data", f"no file {args.data}", "a .jsonl or .parquet file", "check the path")
-    _refuse_wrong_overrides(args)
+    config = _refuse_wrong_overrides(args)
+    if args.teacher_on_prefixes is not None and config.teacher.model is None:
+        raise ConfigError("teacher.model", "nothing", "the model that continues", "set teacher.model=FOLDER")
     from nemo_opd.evaluate import command
 
     return command.main(args)
@@ -232,11 +235,11 @@ def _export(args: argparse.Namespace) -> int:
     return export.main(args)
 
 
-def _refuse_wrong_overrides(args: argparse.Namespace) -> None:
+def _refuse_wrong_overrides(args: argparse.Namespace) -> Config:
     """Unknown keys and wrong types, before the verb imports what it needs; the verb itself loads its settings."""
     own = args.path / "config.yaml" if args.kind != "model" else None
     required = [] if own else ["run.dir=-", "student.model=-", "data.path=-", "train.steps=1"]
-    load(own, [*required, *args.overrides], checked=False)
+    return load(own, [*required, *args.overrides], checked=False)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ class Trainer(Protocol):
 class Generator(Protocol):
     """Writes responses with the student's current weights."""
 
-    version: int
-    """Policy version of the weights it holds; -1 before the first `load_weights`."""
+    @property
+    def version(self) -> int:
+        """Policy version of the weights it holds; -1 before the first `load_weights`."""
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested

@@ -66,9 +66,7 @@ def prefix_answer(
     args: argparse.Namespace, config: Config, evaluation: Evaluation, student: Generator
 ) -> dict[str, Any]:
     """`--teacher-on-prefixes`: print the table, return it as JSON data. One of the two models is held at a time."""
-    teacher_folder = config.teacher.model
-    if teacher_folder is None:
-        raise ConfigError("teacher.model", "nothing", "the model that continues", "set teacher.model=FOLDER")
+    teacher_folder = str(config.teacher.model)
     tokenizers = load_tokenizer(config.student.model), load_tokenizer(teacher_folder, "teacher.model")
     check_same_tokens(*tokenizers)
     rollouts = write(evaluation, student)

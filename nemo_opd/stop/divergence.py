@@ -140,7 +140,7 @@ class TailDivergence:
         self, spans: Sequence[Span], owners: Sequence[int], best: Mapping[int, TeacherScores]
     ) -> dict[int, Tensor]:
         """Each span's ids [tokens, k] on every rank. One gather."""
-        mine = [ids.flatten() for number in sorted(best) if (ids := best[number].ids) is not None]
+        mine = [chosen.flatten() for number in sorted(best) if (chosen := best[number].ids) is not None]
         parts = self.processes.gather(torch.cat([*mine, torch.empty(0, dtype=torch.int64)]))
         ids: dict[int, Tensor] = {}
         for rank, part in enumerate(parts):

@@ -89,7 +89,7 @@ def test_a_share_of_each_response_without_its_end_token() -> None:
     by_length = [teacher.asked[i : i + 4] for i in range(0, 16, 4)]
     assert [r.prefix_ids for r in by_length[3]] == [(2,) * n + (3,) * n for n in range(1, 5)], "no end token"
     assert [len(r.prefix_ids) for r in by_length[2]] == [1, 3, 4, 6]
-    assert all(r.prefix_author is Author.STUDENT for r in teacher.asked)
+    assert all(r.prefix_author is Author.STUDENT for r in teacher.asked[4:])
     seeds = {tuple(r.seed for r in asked) for asked in by_length}
     assert len(seeds) == 1, "lengths are compared on the same random numbers"
 
@@ -139,6 +139,9 @@ def test_wrong_lengths_are_refused_before_anything_is_read(tmp_path: Path, capsy
     (tmp_path / "config.json").write_text("{}")
     assert main(["eval", str(tmp_path), "--data", "x", "--teacher-on-prefixes", "0.5"]) == 2
     assert "--teacher-on-prefixes: got `0.5`; expected tokens (64)" in capsys.readouterr().err
+    (tmp_path / "x.jsonl").write_text("")
+    assert main(["eval", str(tmp_path), "--data", str(tmp_path / "x.jsonl"), "--teacher-on-prefixes", "50%"]) == 2
+    assert "teacher.model: got nothing; expected the model that continues" in capsys.readouterr().err
 
 
 def _command(rank: int, folder: str, words: list[str]) -> tuple[int, str]:
@@ -170,5 +173,3 @@ def test_the_command_prints_a_table_and_writes_json(ranks1: RankPool, tmp_path: 
     answer = json.loads((tmp_path / "out" / "answer.json").read_text())
     assert [point["prefix"] for point in answer["teacher_on_prefixes"]] == ["0", "50%", "4"]
     assert answer["teacher_on_prefixes"][1]["continued"]["problems"] == 16
-    with pytest.raises(AssertionError, match=r"teacher\.model: got nothing; expected the model that continues"):
-        ranks1.run(_command, str(folder), [])

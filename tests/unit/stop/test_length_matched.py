@@ -22,15 +22,15 @@ def batch(rng: random.Random, count: int) -> tuple[list[int], dict[int, int]]:
 
 def test_the_same_cut_lengths_where_they_have_an_effect_and_as_many_tokens() -> None:
     rng = random.Random(0)
-    moved = 0
+    moved, total = 0, 0
     for trial in range(200):
         lengths, cuts = batch(rng, count=rng.choice([1, 4, 32, 128]))
         dealt = deal(lengths, cuts, 0.02, random.Random(trial))
         assert sorted(dealt.values()) == sorted(cuts.values())
         assert all(cut <= lengths[i] for i, cut in dealt.items())
         assert abs(kept(lengths, dealt) - kept(lengths, cuts)) <= 0.02 * kept(lengths, cuts)
-        moved += sum(i not in cuts for i in dealt)
-    assert moved > 1000, "a control that cuts what KAT cuts is none"
+        moved, total = moved + sum(i not in cuts for i in dealt), total + len(cuts)
+    assert moved > 0.1 * total > 100, "a control that cuts what KAT cuts is none"
 
 
 def test_a_plain_shuffle_would_not_be_matched() -> None:
@@ -42,7 +42,7 @@ def test_a_plain_shuffle_would_not_be_matched() -> None:
         targets = rng.sample(range(len(lengths)), len(cuts))
         shuffled = {i: min(cut, lengths[i]) for i, cut in zip(targets, cuts.values(), strict=True)}
         excess.append(kept(lengths, shuffled) / kept(lengths, cuts) - 1)
-    assert min(excess) > 0.1
+    assert min(excess) > 0.0 and sum(excess) / 50 > 0.1
 
 
 def test_the_same_seed_deals_alike_and_another_one_does_not() -> None:
