@@ -4,11 +4,12 @@
 
 An experiment is a folder with `experiment.yaml`:
 
-    prepare    commands of `nemo-opd` that make data and models, each with the path that it makes (then it is skipped)
+    prepare    what makes data and models: `run` (a command of `nemo-opd`) or `script` (a file of the folder with its
+               arguments), each with the path that it `makes` (then it is skipped)
     recipe     what all variants share
     variants   name: [key=value, ...]; `{seed}` stands for the seed. `script: FILE` trains through a file of the folder
     seeds      numbers
-    columns    heading: metric of metrics.jsonl; evaluations count at the end of a run, others over its last 10 steps
+    columns    heading: metric of metrics.jsonl; evaluations and totals at the end of a run, others over its last 10 steps
     figure     heading: metric, drawn over the steps
 
 Every run is a run folder of its own below `runs/reproductions`: a second start resumes what was interrupted and skips
@@ -55,11 +56,16 @@ class Job:
         return outcome.exists() and json.loads(outcome.read_text())["status"] == "done"
 
 
-def prepare(commands: Sequence[dict[str, Any]]) -> None:
+def prepare(commands: Sequence[dict[str, Any]], folder: Path) -> None:
     """Data, tokenizers, models: in order, each unless what it makes is there."""
-    for command in commands:
+    for command in tqdm(commands, unit="preparation"):
         if not Path(command["makes"]).exists():
-            _check(run([sys.executable, "-m", "nemo_opd.cli", *command["run"]], Path(command["makes"]).name))
+            if "script" in command:
+                file, *words = command["script"]
+                program = [str(folder / file), *words]
+            else:
+                program = ["-m", "nemo_opd.cli", *command["run"]]
+            _check(run([sys.executable, *program], f"{folder.name}-{Path(command['makes']).parent.name}"))
 
 
 def jobs_of(experiment: dict[str, Any], folder: Path, seeds: Sequence[int]) -> list[Job]:
@@ -113,11 +119,12 @@ def lines_of(job: Job) -> list[dict[str, Any]]:
 
 
 def value(lines: Sequence[dict[str, Any]], metric: str) -> float:
-    """The last evaluation's number, or the mean over the last steps."""
+    """The last evaluation's number or total, or the mean over the last steps."""
     found = [line[metric] for line in lines if metric in line]
     if not found:
         return math.nan
-    return found[-1] if metric.startswith("evaluation/") else statistics.fmean(found[-LAST:])
+    at_the_end = metric.startswith("evaluation/") or metric.endswith("_total")
+    return found[-1] if at_the_end else statistics.fmean(found[-LAST:])
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
@@ -145,7 +152,9 @@ def as_markdown(table: dict[str, dict[str, list[float]]], columns: Sequence[str]
         cells = []
         for heading in columns:
             mean, half = summary(row[heading])
-            cells.append("-" if math.isnan(mean) else f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
+            digits = 0 if abs(mean) >= 1000 else 3
+            spread = "" if math.isnan(half) else f" ± {half:,.{digits}f}"
+            cells.append("-" if math.isnan(mean) else f"{mean:,.{digits}f}{spread}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\nMean over {seeds} seeds ± half of the 95 % interval of the mean (Student's t).\n"
 
@@ -186,7 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     experiment = yaml.safe_load((arguments.folder / "experiment.yaml").read_text())
     seeds = arguments.seeds or experiment["seeds"]
-    prepare(experiment["prepare"])
+    prepare(experiment["prepare"], arguments.folder)
     jobs = jobs_of(experiment, arguments.folder, seeds)
     run_all(jobs, arguments.jobs)
     table = results(experiment, jobs)
