@@ -9,7 +9,7 @@ An experiment is a folder with `experiment.yaml`:
     recipe     what all variants share
     variants   name: [key=value, ...]; `{seed}` stands for the seed. `script: FILE` trains through a file of the folder
     seeds      numbers
-    columns    heading: metric of metrics.jsonl; evaluations and totals at the end of a run, others over the last 10 steps
+    columns    heading: metric of metrics.jsonl; evaluations and totals at the end, others over the last 10 steps
     figure     heading: metric, drawn over the steps
 
 Every run is a run folder of its own below `runs/reproductions`: a second start resumes what was interrupted and skips
