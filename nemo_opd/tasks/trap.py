@@ -1,15 +1,15 @@
 """Early mistakes that lead into a loop which the teacher agrees with: what terminating a rollout early is for.
 
-A prompt is a start state and moves of a machine with ten states; the response writes every state and the last one as
-the answer. Moves add up modulo ten:
+A prompt is a start state and moves of a machine with ten states; the response writes every move with the state that it
+leads to, and the last one as the answer. Moves add up modulo ten:
 
     prompt    "4:372="
-    response  "7;4;6#6"
+    response  "4+3=7;7+7=4;4+2=6#6"
 
 The machine has one more state. A wrong move falls into it, and from there nothing leads out: the response repeats the
 same few characters for ever and no answer comes.
 
-    trapped   "7;5;?.?.?.?.?.?.?.?."      (7+7 is 4 and not 5)
+    trapped   "4+3=7;7+7=5;?.?.?.?.?.?.?.?."      (7+7 is 4 and not 5)
 
 `teacher` and `student` are warm-up files of correct responses with a share of trapped ones, in which an early step is
 wrong. The loop is the only continuation of a wrong state that either model has ever seen, so both learn to write it: a
@@ -70,7 +70,7 @@ class TrapTask:
     @property
     def shortest_loop(self) -> int:
         """Characters, so tokens, of the shortest trapped response: the token limit must stay below it."""
-        return len("0;") + self.loops * len(LOOP)
+        return len("0+0=0;") + self.loops * len(LOOP)
 
     def draw(self, random_: random.Random) -> str:
         """A random prompt. A move is 1 to 9: each of them changes the state."""
@@ -79,10 +79,10 @@ class TrapTask:
 
     def trapped(self, prompt: str, random_: random.Random) -> tuple[str, int]:
         """A response with one early wrong state, and the step at which it stands."""
-        right = states(prompt)
         step = random_.randrange(self.early)
-        wrong = (right[step] + random_.randrange(1, STATES)) % STATES
-        return "".join(f"{state};" for state in (*right[:step], wrong)) + LOOP * self.loops, step
+        *right, last = steps(prompt)[: step + 1]
+        wrong = (int(last[-1]) + random_.randrange(1, STATES)) % STATES
+        return "".join(f"{text};" for text in (*right, f"{last[:-1]}{wrong}")) + LOOP * self.loops, step
 
 
 def states(prompt: str) -> tuple[int, ...]:
@@ -91,10 +91,18 @@ def states(prompt: str) -> tuple[int, ...]:
     return tuple(total % STATES for total in itertools.accumulate(map(int, moves), initial=int(start)))[1:]
 
 
+def steps(prompt: str) -> list[str]:
+    """Every move as it is written. Example: ``steps("4:372=") == ["4+3=7", "7+7=4", "4+2=6"]``."""
+    start, _, moves = prompt.rstrip("=").partition(":")
+    right = states(prompt)
+    return [
+        f"{before}+{move}={after}" for before, move, after in zip((int(start), *right[:-1]), moves, right, strict=True)
+    ]
+
+
 def response(prompt: str) -> str:
     """The correct one."""
-    right = states(prompt)
-    return ";".join(map(str, right)) + MARKER + str(right[-1])
+    return ";".join(steps(prompt)) + f"{MARKER}{states(prompt)[-1]}"
 
 
 def records(task: TrapTask, count: int, seed: int, held_out: bool = False, trapped: float = 0.0) -> Iterator[Record]:

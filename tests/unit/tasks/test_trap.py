@@ -31,7 +31,9 @@ def test_correct_responses_walk_the_machine(task: TrapTask) -> None:
     for record in records(task, 60, seed=1):
         reached = _walk(record["prompt"])
         assert len(reached) == task.moves
-        assert record["response"] == ";".join(map(str, reached)) + f"#{reached[-1]}"
+        before = [int(record["prompt"][0]), *reached]
+        moves = [f"{a}+{move}={b}" for a, move, b in zip(before, record["prompt"][2:-1], reached, strict=False)]
+        assert record["response"] == ";".join(moves) + f"#{reached[-1]}"
         assert record["answer"] == str(reached[-1]) and record["trapped_at"] == -1
 
 
@@ -41,7 +43,9 @@ def test_a_trapped_response_errs_once_early_and_never_leaves_the_loop(task: Trap
     for record in records(task, 80, seed=1, trapped=1.0):
         reached, at = _walk(record["prompt"]), record["trapped_at"]
         written, _, rest = record["response"].partition(LOOP)
-        states = [int(state) for state in written.split(";")[:-1]]
+        states = [int(state[-1]) for state in written.split(";")[:-1]]
+        moves = [state[2] for state in written.split(";")[:-1]]
+        assert moves == list(record["prompt"][2 : 3 + at])
         assert states[:-1] == reached[:at] and states[-1] != reached[at] and len(states) == at + 1 <= task.early
         assert LOOP + rest == LOOP * task.loops
         assert "#" not in record["response"] and record["answer"] == str(reached[-1])
