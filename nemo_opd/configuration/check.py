@@ -403,8 +403,8 @@ def _vocabulary(config: Config, model: ModelSizes) -> None:
     if (tensor - 1) * shard >= model.vocabulary:
         expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
         raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
-    for slot in ("loss", "stop"):
-        k = getattr(getattr(config, slot), "k", 0)
+    for slot, choice in (("loss", config.loss), ("stop", config.stop)):
+        k = 0 if getattr(choice, "divergence", "tail") == "full" else getattr(choice, "k", 0)
         if k > model.vocabulary:
             raise ConfigError(f"{slot}.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
 

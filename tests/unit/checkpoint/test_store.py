@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from nemo_opd.checkpoint.store import CheckpointStore, RunState, newest_checkpoint, read_state
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, newest_checkpoint, read_state, restore
 from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 
@@ -37,11 +38,41 @@ def _store(tmp_path: Path, keep: int = 2) -> CheckpointStore:
 def test_what_was_saved_comes_back(tmp_path):
     store = _store(tmp_path)
     assert store.newest() is None
-    state = RunState(step=3, prompts={"epoch": 1, "index": 2}, counters={"written": 12.0})
+    state = RunState(
+        step=3,
+        prompts={"epoch": 1, "index": 2},
+        counters={"written": 12.0},
+        algorithm={"stop kat": {"lowest": [0.1 + 0.2, 1e-300]}},
+    )
     store.save(FileTrainer("weights of step 3"), state, "config: 1\n")
     trainer = FileTrainer()
     assert store.load(store.newest(), trainer) == state
     assert trainer.value == "weights of step 3"
+
+
+class Part:
+    """Remembers a number."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.number = state["number"]
+
+
+def test_parts_of_the_algorithm_go_on_where_they_were(caplog: pytest.LogCaptureFixture) -> None:
+    known, new = Part(), Part(7)
+    restore({"known": known, "new": new}, RunState(step=4, algorithm={"known": {"number": 5}, "gone": {}}))
+    assert (known.number, new.number) == (5, 7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "new was not part of the run until step 4: it begins without a history"
+    ]
+    caplog.clear()
+    restore({"new": new}, RunState())
+    assert not caplog.records, "nothing is missing at the start of a run"
 
 
 def test_retention_keeps_the_newest(tmp_path):
