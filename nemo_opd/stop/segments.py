@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nemo_opd.engines.protocols import Generator, NamedTensor
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 from nemo_opd.rollout.pieces import continued, shortened
 from nemo_opd.stop.base import StopReport
@@ -263,7 +264,12 @@ class KatSegments:
         self._watch.history.load_state(state)
 
     def _before_writing(self, requests: Sequence[GenerateRequest]) -> Sequence[Context]:
-        return self._context.context_ids([_unwritten(request) for request in requests])
+        """Of this rank's share. A context that finds it wanting (a field that no record has) may be right about the
+        share and wrong about the step: the loop asks again with all rollouts, and there the error counts."""
+        try:
+            return self._context.context_ids([_unwritten(request) for request in requests])
+        except ConfigError:
+            return [None] * len(requests)
 
 
 def _unwritten(request: GenerateRequest) -> Rollout:

@@ -13,6 +13,7 @@ from nemo_opd.config import KatStop
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
 from nemo_opd.engines.protocols import Generator
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.stop.build import build_stop
@@ -118,6 +119,26 @@ def test_rollouts_that_the_teacher_is_not_asked_about_are_never_cut() -> None:
         cut = {row[0] for rows, _ in steps for row in rows if row[3] is Finish.STOPPED}
         assert cut and all(index % 2 for index in cut)
         assert len(state["lowest"]) <= 3 * 3 * 2
+
+
+class Wanting:
+    """Refuses the even prompts by themselves, as `Privileged` does where no record has the field."""
+
+    def context_ids(self, rollouts: Sequence[Rollout]) -> list[tuple[int, ...] | None]:
+        if not any(r.prompt.index % 2 for r in rollouts):
+            raise ConfigError("context.field", "hint", "a field of the records", "name one of these")
+        return [r.prompt.token_ids for r in rollouts]
+
+
+def test_a_share_without_any_context_is_written_without_the_rule() -> None:
+    generator, rule = parts(SLOT, ALONE, Wanting())
+    rule.load_state({"lowest": [100.0] * 8, "steps": 1})  # everything would be cut
+    requests = requests_for(prompts()[::2])
+    rollouts = list(rule.writer(generator).generate(requests, Sampling(LIMIT), never))
+    assert len(rollouts) == len(requests)
+    assert all(r.finish is not Finish.STOPPED for r in rollouts)
+    assert len(list(rule.writer(generator).generate(requests_for(prompts()), Sampling(LIMIT), never))) == 14
+    assert rule.end_step().metrics["kat/trigger_rate"] > 0.3
 
 
 def by_rank(rank: int, context: Any) -> tuple[list[Any], Any]:
