@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nemo_opd.rollout.seeds import response_key
 from nemo_opd.types import Need, PackedRow, Rollout, TeacherNeeds, TeacherScores, TokenBatch
 
 
@@ -48,6 +49,7 @@ def pack(
     advantages: Sequence[float],
     capacity: int,
     packing: bool = True,
+    seed: int = 0,
 ) -> tuple[PackedRow, ...]:
     """Lay rollouts into rows.
 
@@ -56,6 +58,7 @@ def pack(
         scores: the teacher's answers by key; empty where no teacher is needed or where this rank computes no loss.
         keys: the key of each rollout in `scores`.
         advantages: the verifier's advantage of each rollout, one number per response.
+        seed: of the run; part of each token's `response_key`.
 
     Returns:
         At least one row: a replica without work gets a row of one position and no trained token.
@@ -66,12 +69,17 @@ def pack(
     for members in plan_rows(lengths, capacity, packing):
         chosen = [kept[m] for m in members]
         rows.append(
-            _row([rollouts[i] for i in chosen], [scores.get(keys[i]) for i in chosen], [advantages[i] for i in chosen])
+            _row(
+                [rollouts[i] for i in chosen],
+                [scores.get(keys[i]) for i in chosen],
+                [advantages[i] for i in chosen],
+                seed,
+            )
         )
     return tuple(rows) or (_empty_row(),)
 
 
-def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages: list[float]) -> PackedRow:
+def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages: list[float], seed: int) -> PackedRow:
     inputs, positions, bounds = [], [], [0]
     tokens: list[dict[str, Tensor]] = []
     for number, (rollout, score, advantage) in enumerate(zip(rollouts, scores, advantages, strict=True)):
@@ -79,7 +87,8 @@ def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages
         sequence = torch.cat([prompt, rollout.response_ids])[:-1]
         inputs.append(sequence)
         positions.append(torch.arange(len(sequence)))
-        tokens.append(_tokens(rollout, score, advantage, number, bounds[-1] + len(prompt) - 1))
+        key = response_key(seed, rollout.prompt.epoch, rollout.prompt.index, rollout.sample)
+        tokens.append(_tokens(rollout, score, advantage, number, bounds[-1] + len(prompt) - 1, key))
         bounds.append(bounds[-1] + len(sequence))
     _fill_missing(tokens)
     return PackedRow(
@@ -91,7 +100,7 @@ def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages
 
 
 def _tokens(
-    rollout: Rollout, score: TeacherScores | None, advantage: float, number: int, first: int
+    rollout: Rollout, score: TeacherScores | None, advantage: float, number: int, first: int, key: int
 ) -> dict[str, Tensor]:
     """The trained tokens of one rollout; `first` is the row position that predicts response token 0."""
     trained = rollout.loss_mask.nonzero().squeeze(-1)
@@ -106,6 +115,7 @@ def _tokens(
         "sampler_logprobs": rollout.sampler_logprobs[trained],
         "advantage": torch.full((count,), advantage, dtype=torch.float32),
         "teacher_valid": torch.ones(count, dtype=torch.bool) if score is None else score.valid[trained],
+        "response_key": torch.full((count,), key),
     }
     if score is not None:
         payloads = {
@@ -179,4 +189,5 @@ def empty_tokens() -> TokenBatch:
         sampler_logprobs=floats,
         advantage=floats,
         teacher_valid=integers.bool(),
+        response_key=integers,
     )

@@ -78,6 +78,8 @@ class GenerateRequest:
     prefix_ids: tuple[int, ...] = ()
     """Response tokens already written (by the teacher, a data set, an earlier segment); generation continues them."""
     prefix_author: Author = Author.TEACHER
+    max_new_tokens: int | None = None
+    """Response tokens, prefix included, after which this one ends; None, or anything above it: the sampling's."""
 
 
 class Finish(enum.IntEnum):
@@ -196,6 +198,9 @@ class TokenBatch:
     """float32 [tokens], from the verifier (zeros without one)"""
     teacher_valid: Tensor
     """bool [tokens]; all True when no teacher is needed"""
+    response_key: Tensor | None = None
+    """int64 [tokens], 52 bits that name the token's response, the same in every row and layout; with `offset` they
+    address random decisions about the token (`nemo_opd.vocab.noise`)"""
     teacher_hidden: Tensor | None = None
     """[tokens, hidden]"""
     teacher_sampled_logprobs: Tensor | None = None

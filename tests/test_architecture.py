@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "errors": set(),
     "processes": set(),
-    "packing": {"types"},
+    "packing": {"types", "rollout.seeds"},
     "algorithms": {"config", "losses"},
     "configuration": {"algorithms", "config", "errors"},
     "vocab": {"types", "errors"},

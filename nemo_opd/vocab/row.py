@@ -20,6 +20,7 @@ _TOKEN_FIELDS = (
     "sampler_logprobs",
     "advantage",
     "teacher_valid",
+    "response_key",
     "teacher_sampled_logprobs",
 )
 _SCORE_FIELDS = ("student", "teacher", "student_entropy", "teacher_entropy")

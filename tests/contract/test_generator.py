@@ -7,6 +7,7 @@ that already generates with the folder's weights. Tolerances are for float32; no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,16 @@ def test_a_finished_prefix_comes_back_as_it_is(make: GeneratorMaker, folder: Pat
     assert answers[0, 1].response_ids.tolist() == [5, EOS]
     assert answers[0, 1].finish is Finish.EOS
     assert all(bool(answer.sampler_logprobs.isnan().all()) for answer in answers.values())
+
+
+def test_a_request_may_end_before_the_others(make: GeneratorMaker, folder: Path) -> None:
+    generator, sampling = make(folder, 3), Sampling(12)
+    free = by_key(generator.generate(requests_for(prompts(6), 1), sampling, never))
+    limits = {(index, 0): limit for index, limit in enumerate((1, 5, 12, 99, 3, 7))}
+    asked = [replace(r, max_new_tokens=limits[r.prompt.index, r.sample]) for r in requests_for(prompts(6), 1)]
+    for key, rollout in by_key(generator.generate(asked, sampling, never)).items():
+        assert rollout.response_ids.tolist() == free[key].response_ids[: limits[key]].tolist()
+        assert (rollout.finish is Finish.EOS) == (int(rollout.response_ids[-1]) == EOS)
 
 
 def test_no_requests_no_rollouts(make: GeneratorMaker, folder: Path) -> None:

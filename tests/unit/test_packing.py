@@ -116,3 +116,17 @@ def test_a_row_with_a_signal_keeps_its_payload():
     [row] = pack(rollouts, scores, [0, 1], [0.0, 0.0], capacity=64)
     assert with_payload(row.tokens, TeacherNeeds(Need.FULL), torch.ones(1, 4)) is row.tokens
     assert torch.equal(row.tokens.teacher_valid, row.tokens.sequence == 1)
+
+
+def test_a_tokens_address_does_not_depend_on_its_row():
+    rollouts = [make_rollout(i, 5 + i, sample=s) for i in range(3) for s in (0, 1)]
+    together = pack(rollouts, {}, range(6), [0.0] * 6, capacity=64)
+    apart = pack(rollouts[::-1], {}, range(6), [0.0] * 6, capacity=64, packing=False)
+
+    def addresses(rows):
+        return sorted((k, o, i) for r in rows for k, o, i in zip(*(x.tolist() for x in (
+            r.tokens.response_key, r.tokens.offset, r.tokens.ids)), strict=True))  # fmt: skip
+
+    assert addresses(together) == addresses(apart)
+    assert len({key for key, _, _ in addresses(together)}) == 6
+    assert addresses(pack(rollouts, {}, range(6), [0.0] * 6, capacity=64, seed=1)) != addresses(together)

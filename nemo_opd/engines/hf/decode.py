@@ -8,12 +8,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from nemo_opd.engines.hf.noise import seed_tensor
+from nemo_opd.engines.hf.reader import Reader
 from nemo_opd.engines.hf.sampling import draw
-from nemo_opd.engines.hf.slots import SlotCache
 from nemo_opd.types import GenerateRequest, Sampling
+from nemo_opd.vocab.noise import seed_tensor
 
 _PREFILL_POSITIONS = 16384
 """Padded positions of one prefill forward; bounds its activations whatever the batch size is."""
@@ -32,6 +31,12 @@ class Finished:
     """int64 [length], -1 on the prefix"""
 
 
+def limit_of(request: GenerateRequest, sampling: Sampling) -> int:
+    """Response tokens after which a request ends."""
+    limit = sampling.max_new_tokens
+    return limit if request.max_new_tokens is None else min(limit, request.max_new_tokens)
+
+
 def context_of(request: GenerateRequest) -> tuple[int, ...]:
     """All ids that are there before the first drawn token."""
     return request.prompt.token_ids + request.prefix_ids
@@ -46,25 +51,22 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 class DecodeBatch:
     """At most `slots` sequences, each at its own length; slots 0 .. count-1 are running.
 
-    Between calls, `_logits` [count, vocab] are what the next tokens will be drawn from. One turn is `admit` (where
-    slots are free), `draw`, `advance`. No Python statement is executed per sequence and token.
+    Between calls, `_logits` [count, vocab] are what the next tokens will be drawn from; None where nothing runs. One
+    turn is `admit` (where slots are free), `draw`, `advance`. No Python statement is executed per sequence and token.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, sampling: Sampling, slots: int, max_columns: int, eos_ids: Sequence[int]
-    ) -> None:
-        self._model, self._sampling, self.slots = model, sampling, slots
-        self._device, limit = model.device, sampling.max_new_tokens
-        self._cache = SlotCache(model.config, slots, max_columns, model.dtype, self._device)
+    def __init__(self, reader: Reader, sampling: Sampling, slots: int, eos_ids: Sequence[int]) -> None:
+        self._reader, self._sampling, self.slots = reader, sampling, slots
+        self._device, limit = reader.device, sampling.max_new_tokens
         self._eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=self._device)
         self._requests: list[GenerateRequest] = []
         integers = partial(torch.zeros, dtype=torch.int64, device=self._device)
-        self._seeds, self._prompt_length = integers(slots), integers(slots)
+        self._seeds, self._prompt_length, self._limit = integers(slots), integers(slots), integers(slots)
         self._position = integers(slots)
         """Response offset of the token that is drawn next."""
         self._ids, self._versions = integers(slots, limit), integers(slots, limit)
         self._logprobs = torch.zeros(slots, limit, dtype=torch.float32, device=self._device)
-        self._logits = torch.zeros(0, model.config.vocab_size, dtype=model.dtype, device=self._device)
+        self._logits: Tensor | None = None
         self._width = 0
         """Columns of the longest running sequence (an upper bound between two compactions)."""
 
@@ -83,12 +85,13 @@ class DecodeBatch:
         self._requests.extend(requests)
         self._seeds[rows] = seed_tensor([r.seed for r in requests], self._device)
         self._prompt_length[rows] = torch.tensor([len(r.prompt.token_ids) for r in requests], device=self._device)
+        self._limit[rows] = torch.tensor([limit_of(r, self._sampling) for r in requests], device=self._device)
         self._position[rows] = torch.tensor([len(r.prefix_ids) for r in requests], device=self._device)
         self._logprobs[rows], self._versions[rows] = float("nan"), -1
         prefixes = _padded([r.prefix_ids for r in requests], self._device)
         self._ids[rows, : prefixes.shape[1]] = prefixes
-        logits = [self._logits, *(self._prefill(*group) for group in self._prefill_groups(requests, first))]
-        self._logits = torch.cat(logits)
+        running = [] if self._logits is None else [self._logits]
+        self._logits = torch.cat([*running, *(self._prefill(*g) for g in self._prefill_groups(requests, first))])
         self._width = max(self._width, len(context_of(requests[0])))
 
     def _prefill_groups(
@@ -108,22 +111,10 @@ class DecodeBatch:
         yield contexts, source, slot
 
     def _prefill(self, contexts: list[tuple[int, ...]], source: list[int], slot: int) -> Tensor:
-        """Fill the slots ``slot .. slot + len(source) - 1``; logits [slots, vocab] after each one's context.
-
-        Contexts are padded on the right: in causal attention no token looks at the padding, so no mask is needed, and
-        the columns that it leaves in the cache are masked until they are overwritten.
-        """
-        input_ids = _padded(contexts, self._device)
-        rows = torch.tensor(source, device=self._device)
-        self._cache.begin_prefill(slice(slot, slot + len(source)), rows, input_ids.shape[1])
-        hidden = self._model.base_model(input_ids=input_ids, past_key_values=self._cache, use_cache=True)
+        """Fill the slots ``slot .. slot + len(source) - 1``; logits [slots, vocab] after each one's context."""
         last = torch.tensor([len(context) - 1 for context in contexts], device=self._device)
-        hidden = hidden.last_hidden_state[torch.arange(len(contexts), device=self._device), last]
-        return self._output(hidden)[rows]
-
-    def _output(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocab]. Rows of the output layer beyond `vocab_size` cannot be drawn."""
-        return self._model.get_output_embeddings()(hidden)[:, : self._model.config.vocab_size]
+        rows = torch.tensor(source, device=self._device)
+        return self._reader.prefill(_padded(contexts, self._device), last, rows, slot)
 
     @torch.inference_mode()
     def draw(self, version: int) -> list[Finished]:
@@ -132,6 +123,7 @@ class DecodeBatch:
         Raises: RuntimeError when logits are not finite (their argmax would still name a token).
         """
         n = self.count
+        assert self._logits is not None and len(self._logits) == n
         position = self._position[:n]
         ids, logprobs = draw(self._logits, self._sampling, self._seeds[:n], position)
         if not bool(logprobs.isfinite().all()):
@@ -141,7 +133,7 @@ class DecodeBatch:
         self._logprobs[rows, position] = logprobs
         self._versions[rows, position] = version
         position += 1
-        done = (position == self._sampling.max_new_tokens) | (ids[:, None] == self._eos).any(dim=-1)
+        done = (position == self._limit[:n]) | (ids[:, None] == self._eos).any(dim=-1)
         if not bool(done.any()):
             return []
         return self._take_out(done)
@@ -153,8 +145,9 @@ class DecodeBatch:
         finished = [self._finished(row, length) for row, length in sequences]
         left = kept.shape[0]
         gaps, movers = ended[ended < left], kept[kept >= left]
-        self._cache.move(movers, gaps, self._width)
-        for state in (self._seeds, self._prompt_length, self._position, self._ids, self._logprobs, self._versions):
+        self._reader.move(movers, gaps, self._width)
+        states = (self._seeds, self._prompt_length, self._limit, self._position)
+        for state in (*states, self._ids, self._logprobs, self._versions):
             state[gaps] = state[movers]
         for gap, mover in zip(gaps.tolist(), movers.tolist(), strict=True):
             self._requests[gap] = self._requests[mover]
@@ -171,22 +164,10 @@ class DecodeBatch:
     def advance(self) -> None:
         """Run the model on the tokens just drawn; a no-op when nothing runs."""
         n = self.count
-        self._logits = self._logits[:0]
+        self._logits = None
         if n == 0:
             return
         position = self._position[:n]
-        last_ids = self._ids[:n].gather(1, position[:, None] - 1)
-        columns = self._prompt_length[:n] + position - 1
+        last_ids = self._ids[:n].gather(1, position[:, None] - 1).squeeze(1)
         self._width += 1
-        hidden_columns = torch.arange(self._width, device=self._device) > columns[:, None]
-        mask = torch.zeros(n, 1, 1, self._width, dtype=self._model.dtype, device=self._device)
-        mask.masked_fill_(hidden_columns[:, None, None], float("-inf"))
-        self._cache.begin_decode(columns, self._width)
-        output = self._model.base_model(
-            input_ids=last_ids,
-            attention_mask=mask,
-            position_ids=columns[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._logits = self._output(output.last_hidden_state[:, 0])
+        self._logits = self._reader.step(last_ids, self._prompt_length[:n] + position - 1, self._width)

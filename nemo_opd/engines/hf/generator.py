@@ -13,20 +13,24 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_opd.engines.hf.decode import DecodeBatch, Finished, context_of
+from nemo_opd.engines.hf.decode import DecodeBatch, Finished, context_of, limit_of
 from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model
+from nemo_opd.engines.hf.reader import CachedModel, Reader
 from nemo_opd.engines.hf.sampling import check_sampling
 from nemo_opd.engines.hf.slots import ATTENTION
 from nemo_opd.refit.manifest import WeightCheck
 from nemo_opd.types import Author, Finish, GenerateRequest, Rollout, Sampling, StopRequested
 
 log = logging.getLogger(__name__)
+
+MakeReader = Callable[[PreTrainedModel, int, int], Reader]
 
 _REFILL_SHARE = 8
 """Waiting requests enter when 1/8 of the slots is free: a prefill for each single free slot costs more than it wins."""
@@ -35,8 +39,8 @@ _REFILL_SHARE = 8
 class HFGenerator:
     """`nemo_opd.engines.protocols.Generator` on a transformers model.
 
-    * `sampling.max_new_tokens` limits the whole response, prefix included: a response that is written in segments has
-      one limit, and its last segment ends where a single call would have ended.
+    * `sampling.max_new_tokens`, or less where a request says so, limits the whole response, prefix included: a response
+      that is written in segments has one limit, and its last segment ends where a single call would have ended.
     * Prefix tokens keep `request.prefix_author`, policy version -1 and a NaN log-probability; they are in the loss
       mask, for whether a prefix is trained on is the algorithm's choice and not the generator's.
     * The EOS token is part of the response and in the loss mask. No padding id exists, so none can be mistaken for it.
@@ -54,6 +58,7 @@ class HFGenerator:
         dtype: str | torch.dtype = "float32",
         device: torch.device | str | None = None,
         read_weights: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +67,8 @@ class HFGenerator:
             eos_ids: ids that end a response; None takes those that the folder names.
             decode: makes `Rollout.text` of response ids, int64 [response]; None leaves it empty.
             dtype, device: of a model read from a folder; None is this process's GPU, or the CPU where there is none.
+            vocab_size: only ids below it are drawn: the student's, where a teacher that knows more ids writes for it.
+                None: the model's.
             read_weights: False reads the folder's configuration alone, and refuses to generate until `load_weights`.
 
         Raises: ValueError for a folder without a model, an unsupported architecture, a batch size below 1 or an EOS id
@@ -72,9 +79,12 @@ class HFGenerator:
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, dtype, device, read_weights)
         check_dense(model.config)
+        self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
+        if not 1 <= self.vocab_size <= model.config.vocab_size:
+            raise ValueError(f"vocab_size: got {vocab_size}; expected 1 to the model's {model.config.vocab_size}")
         self._eos_ids = eos_ids_of(model) if eos_ids is None else tuple(eos_ids)
-        if outside := [i for i in self._eos_ids if not 0 <= i < model.config.vocab_size]:
-            raise ValueError(f"eos ids: got {outside}; expected ids below the model's {model.config.vocab_size}")
+        if outside := [i for i in self._eos_ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"eos ids: got {outside}; expected ids below the model's {self.vocab_size}")
         model.set_attn_implementation(ATTENTION)
         self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
         self._batch_size, self._decode = batch_size, decode
@@ -96,14 +106,27 @@ class HFGenerator:
         Raises, at the call: ValueError for bad sampling values or a request that does not fit the model.
         RuntimeError when the generator is closed or holds an incomplete set of weights.
         """
+        return self.generate_through(self._cached, requests, sampling, stop_requested)
+
+    def generate_through(
+        self, read: MakeReader, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+    ) -> Iterator[Rollout]:
+        """`generate`, drawing from the reader that `read` makes of (this generator's model, slots, columns)."""
         model = self._ready_model()
         check_sampling(sampling)
         for request in requests:
             _check_request(request, sampling, model)
-        return self._run(model, requests, sampling, stop_requested)
+        return self._run(partial(read, model), requests, sampling, stop_requested)
+
+    def _cached(self, model: PreTrainedModel, slots: int, columns: int) -> Reader:
+        return CachedModel(model, slots, columns, self.vocab_size)
 
     def _run(
-        self, model: PreTrainedModel, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
+        self,
+        read: Callable[[int, int], Reader],
+        requests: Sequence[GenerateRequest],
+        sampling: Sampling,
+        stop: StopRequested,
     ) -> Iterator[Rollout]:
         waiting: deque[GenerateRequest] = deque()
         # Longest contexts first: neighbours in length share a prefill, and memory peaks at the start, not at the end.
@@ -116,7 +139,7 @@ class HFGenerator:
             return
         slots = min(self._batch_size, len(waiting))
         columns = max(len(r.prompt.token_ids) for r in waiting) + sampling.max_new_tokens
-        batch = DecodeBatch(model, sampling, slots, columns, self._eos_ids)
+        batch = DecodeBatch(read(slots, columns), sampling, slots, self._eos_ids)
         while (waiting or batch.count) and not stop():
             self._ready_model()
             free = slots - batch.count
@@ -131,7 +154,7 @@ class HFGenerator:
     def _is_over(self, request: GenerateRequest, sampling: Sampling) -> bool:
         """A prefix that already ends the response leaves nothing to draw."""
         prefix = request.prefix_ids
-        return len(prefix) >= sampling.max_new_tokens or (len(prefix) > 0 and prefix[-1] in self._eos_ids)
+        return len(prefix) >= limit_of(request, sampling) or (len(prefix) > 0 and prefix[-1] in self._eos_ids)
 
     def _rollout(self, sequence: Finished) -> Rollout:
         """Clones: the loop's tensors are rows of larger ones, and inference tensors, which autograd refuses."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_opd.engines.hf.noise import gumbel
 from nemo_opd.types import Sampling
+from nemo_opd.vocab.noise import gumbel
 
 _ELEMENTS_AT_ONCE = 1 << 22
 """Rows are drawn in chunks of at most this many logits: float64 and int64 temporaries stay near 32 MiB each."""
@@ -72,7 +72,7 @@ def draw(logits: Tensor, sampling: Sampling, seeds: Tensor, positions: Tensor) -
 
     Args:
         logits: [rows, vocab], any float dtype.
-        seeds, positions: int64 [rows], see `nemo_opd.engines.hf.noise`.
+        seeds, positions: int64 [rows], see `nemo_opd.vocab.noise`.
 
     Returns:
         ids, int64 [rows], and log-probabilities, float32 [rows], in nats. When sampling: of the processed distribution,

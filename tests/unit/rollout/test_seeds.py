@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nemo_opd.rollout.seeds import derive_seed
+from nemo_opd.rollout.seeds import derive_seed, derive_uniform, response_key
 
 
 def test_values_are_fixed() -> None:
@@ -40,3 +40,13 @@ def test_the_order_of_the_parts_matters() -> None:
 def test_too_large_a_part_is_refused() -> None:
     with pytest.raises(ValueError, match="64 signed bits"):
         derive_seed(2**63, 0, 0, 0)
+
+
+def test_keys_and_decisions_share_nothing_with_the_seed_of_the_response() -> None:
+    assert response_key(0, 0, 0, 0) != derive_seed(0, 0, 0, 0) >> 12
+    keys = [response_key(r, 0, p, s) for r in range(2) for p in range(200) for s in range(4)]
+    assert len(set(keys)) == len(keys) and all(0 <= key < 2**52 for key in keys)
+    drawn = [derive_uniform("test", 0, 0, p, s) for p in range(1000) for s in range(4)]
+    assert all(0 <= u < 1 for u in drawn)
+    assert sum(drawn) / len(drawn) == pytest.approx(0.5, abs=0.02)  # 0.289 / sqrt(4000) is one deviation
+    assert derive_uniform("test", 0, 0, 1) != derive_uniform("other", 0, 0, 1)

@@ -262,3 +262,14 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         HFGenerator(tmp_path)
     with pytest.raises(ValueError, match="dtype: got int8"):
         HFGenerator(tiny_checkpoint(tmp_path, vocab_size=VOCAB_SIZE), dtype="int8")
+
+
+def test_ids_that_only_the_model_knows_are_never_drawn() -> None:
+    model = tiny_model(vocab_size=VOCAB_SIZE)
+    writer = HFGenerator(model, eos_ids=(), vocab_size=40)
+    rollouts = list(writer.generate(requests(8, samples=4), Sampling(20), never))
+    assert max(int(r.response_ids.max()) for r in rollouts) < 40
+    whole = HFGenerator(tiny_model(vocab_size=VOCAB_SIZE), eos_ids=())
+    assert max(int(r.response_ids.max()) for r in whole.generate(requests(8, samples=4), Sampling(20), never)) >= 40
+    with pytest.raises(ValueError, match="vocab_size"):
+        HFGenerator(tiny_model(vocab_size=VOCAB_SIZE), eos_ids=(), vocab_size=49)

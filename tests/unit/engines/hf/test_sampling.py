@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nemo_opd.engines.hf import sampling as module
-from nemo_opd.engines.hf.noise import seed_tensor
 from nemo_opd.engines.hf.sampling import draw, process_logits
 from nemo_opd.types import Sampling
+from nemo_opd.vocab.noise import seed_tensor
 
 SETTINGS = [
     Sampling(1),

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where they are used, not on when: noise = f(seed, response position, vocabulary id).
+"""Random numbers that depend on where they are used, not on when: noise = f(seed, response position[, vocabulary id]).
 
 A stateful generator would give a sequence other random numbers whenever its batch changes. Here each number is
 computed from its own address, so a request draws the same noise alone, in a batch of 64, after a resume, or when its
@@ -55,6 +55,14 @@ def random_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     keys = _finalise_(_finalise_(seeds.clone()) + (positions + 1) * _GOLDEN)
     counters = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=seeds.device).mul_(_GOLDEN)
     return _finalise_(keys[:, None] + counters)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in (0, 1) per row, float64 [rows]: a decision about the token at `positions` of the response `seeds`.
+
+    For seeds that belong to such decisions alone: those that draw tokens would tie the decision to the token.
+    """
+    return uniform_from_bits(_finalise_(_finalise_(seeds.clone()) + (positions + 1) * _GOLDEN))
 
 
 def uniform_from_bits(bits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_opd.engines.hf.noise import gumbel, random_bits, seed_tensor, uniform_from_bits
+from nemo_opd.vocab.noise import gumbel, random_bits, seed_tensor, uniform, uniform_from_bits
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -102,3 +102,15 @@ def test_gumbel_moments() -> None:
     noise = gumbel(seeds, torch.zeros(1000, dtype=torch.int64), 1000)
     assert float(noise.mean()) == pytest.approx(0.5772156649, abs=0.006)  # 1.28 / sqrt(1e6) is one deviation
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.02)
+
+
+def test_one_number_per_token_is_uniform_and_has_nothing_to_do_with_the_next() -> None:
+    keys, offsets = torch.arange(2000).repeat_interleave(50), torch.arange(50).repeat(2000)
+    drawn = uniform(keys, offsets)
+    assert drawn.dtype == torch.float64 and float(drawn.min()) > 0 and float(drawn.max()) < 1
+    assert float(drawn.mean()) == pytest.approx(0.5, abs=0.004)  # 0.289 / sqrt(1e5) is one deviation
+    assert float(drawn.var()) == pytest.approx(1 / 12, abs=0.002)
+    grid = drawn.view(2000, 50) - 0.5
+    for neighbours in (grid[1:] * grid[:-1], grid[:, 1:] * grid[:, :-1]):
+        assert abs(float(neighbours.mean())) < 4 / 12 / math.sqrt(neighbours.numel())
+    assert torch.equal(uniform(keys.flip(0), offsets.flip(0)), drawn.flip(0))
