@@ -12,9 +12,18 @@ from pathlib import Path
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, restore
-from nemo_opd.config import EXPORT_FOLDER, Config, TrapStop
+from nemo_opd.config import (
+    EXPORT_FOLDER,
+    Config,
+    DatasetPrefix,
+    MixedPrefix,
+    TeacherMixedPrefix,
+    TeacherPrefix,
+    TrapStop,
+)
 from nemo_opd.configuration.load import to_yaml
 from nemo_opd.engines.hf.generator import HFGenerator
+from nemo_opd.engines.hf.mixed import TeacherMixedGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
 from nemo_opd.engines.megatron.families import read_architecture
 from nemo_opd.engines.megatron.model import dtype_of
@@ -25,12 +34,13 @@ from nemo_opd.engines.protocols import Generator, Scorer
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run
-from nemo_opd.losses import build_loss, build_weight
+from nemo_opd.losses import build_loss, build_weight, for_prefix
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
 from nemo_opd.prompts.stream import PromptStream, first_prompts
 from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.prefix import MixedSource, PrefixSchedule, TeacherPrefixSource
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
 from nemo_opd.stop.base import NoStop, StopRule
 from nemo_opd.stop.build import build_stop
@@ -47,13 +57,13 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     folder = Path(config.run.dir)
     tokenizer = load_tokenizer(config.student.model)
-    loss = build_loss(config.loss)
+    loss = for_prefix(build_loss(config.loss), config.prefix)
     config_text = to_yaml(config)
     store = CheckpointStore(folder, processes, config.checkpoint.keep)
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need)
     generator = build_generator(config, tokenizer)
-    prompts = PromptStream(config.data, tokenizer, config.run.seed, needs_response=config.prefix.name == "dataset")
+    prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
     newest = store.newest()
     state = store.load(newest, trainer) if newest else RunState()
     if newest:
@@ -202,13 +212,37 @@ def build_source(
     config: Config, tokenizer: Tokenizer, generator: Generator | None, stop_rule: StopRule
 ) -> RolloutSource:
     """Who writes the responses of training steps."""
-    rollout = config.rollout
-    if config.prefix.name == "dataset":
-        eos = eos_token_ids(config.student.model, tokenizer)[0]
-        return DatasetSource(lambda text: response_token_ids(tokenizer, text, eos), rollout.max_new_tokens)
+    rollout, prefix, seed = config.rollout, config.prefix, config.run.seed
+    eos_ids = eos_token_ids(config.student.model, tokenizer)
+    dataset = DatasetSource(lambda text: response_token_ids(tokenizer, text, eos_ids[0]), rollout.max_new_tokens)
+    if isinstance(prefix, DatasetPrefix):
+        return dataset
     assert generator is not None
     sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    return StudentSource(stop_rule.writer(generator), sampling, rollout.samples_per_prompt, config.run.seed)
+    if isinstance(prefix, TeacherMixedPrefix):
+        assert isinstance(generator, HFGenerator)
+        teacher, dtype = Path(str(config.teacher.model)), config.teacher.dtype
+        generator = TeacherMixedGenerator(generator, teacher, prefix.teacher_share, dtype=dtype)
+    student = StudentSource(stop_rule.writer(generator), sampling, rollout.samples_per_prompt, seed)
+    if isinstance(prefix, MixedPrefix):
+        return MixedSource(student, dataset, prefix.on_policy_share, seed)
+    if isinstance(prefix, TeacherPrefix):
+        longest = min(prefix.max_tokens or rollout.max_new_tokens, rollout.max_new_tokens)
+        steps = prefix.anneal_steps or config.train.steps
+        schedule = PrefixSchedule(longest, steps, seed, prefix.length == "uniform")
+        return TeacherPrefixSource(build_teacher_writer(config, eos_ids), student, schedule)
+    return student
+
+
+def build_teacher_writer(config: Config, eos_ids: tuple[int, ...]) -> Generator:
+    """The teacher as a writer: whole in every process, besides its copy that scores. It draws the student's ids."""
+    return HFGenerator(
+        Path(str(config.teacher.model)),
+        eos_ids=eos_ids,
+        dtype=config.teacher.dtype,
+        batch_size=config.rollout.batch_size,
+        vocab_size=read_architecture(config.student.model).vocab_size,
+    )
 
 
 def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:

@@ -99,8 +99,12 @@ class SlotConfig:
 
     name: str = MISSING
 
+    reads_responses: ClassVar[bool] = False
+    """Of prefixes: True where records of the data set must hold a response."""
     needs_teacher: ClassVar[bool] = True
     """Of losses: False where no teacher is asked."""
+    reads_whole_teacher: ClassVar[bool] = True
+    """Of losses: False where less than the teacher's whole distribution is asked."""
     needs_sampler_logprobs: ClassVar[bool] = False
     """Of losses and weights: True where every token must come with the probability that it was drawn with."""
 
@@ -117,6 +121,46 @@ class DatasetPrefix(SlotConfig):
     """The data set's response is the whole response: nothing is generated (SFT)."""
 
     name: str = "dataset"
+    reads_responses: ClassVar[bool] = True
+
+
+@dataclass
+class TeacherPrefix(SlotConfig):
+    """The teacher writes the first tokens, the student goes on; ever fewer of them (arXiv 2606.01249)."""
+
+    name: str = "teacher"
+    max_tokens: int | None = None
+    """The largest prefix at the first step; None: `rollout.max_new_tokens`. It falls to 0 along a cosine."""
+    anneal_steps: int | None = None
+    """Steps until it is 0; None: `train.steps`."""
+    length: str = "uniform"
+    """uniform: drawn for each response between 0 and the largest; largest: always that"""
+    loss: str = "cross_entropy"
+    """Of the teacher's tokens: cross_entropy, or same (as of the student's, a loss of whole distributions)"""
+    loss_weight: float = 0.001
+
+
+@dataclass
+class MixedPrefix(SlotConfig):
+    """Some prompts get the data set's response, the others the student's (GKD, arXiv 2306.13649)."""
+
+    name: str = "mixed"
+    reads_responses: ClassVar[bool] = True
+    on_policy_share: float = 0.5
+    """Share of prompts to which the student writes (lambda)."""
+    loss: str = "same"
+    """Of the data set's tokens: same (as of the student's) or cross_entropy (SFT mixed in)"""
+    loss_weight: float | None = None
+    """Factor on the data set's loss beside the student's; None: the shares, lambda L_student + (1 - lambda) L_data."""
+
+
+@dataclass
+class TeacherMixedPrefix(SlotConfig):
+    """Every token is drawn from a mixture of the two models' distributions (MiniLLM, arXiv 2306.08543)."""
+
+    name: str = "teacher_mixed"
+    teacher_share: float = 0.2
+    """Weight of the teacher in the mixture (alpha)."""
 
 
 @dataclass
@@ -246,6 +290,7 @@ class PolicyGradientLoss(SlotConfig):
     """Sampled-token policy gradient with advantage -sg[log p - log q] (see nemo_opd/algorithms)."""
 
     name: str = "policy_gradient"
+    reads_whole_teacher: ClassVar[bool] = False
     needs_sampler_logprobs: ClassVar[bool] = True
     clip_ratio: float | None = None
     """PPO clipping of the importance ratio to [1 - c, 1 + c]; None multiplies by the plain ratio."""
@@ -268,6 +313,7 @@ class CrossEntropyLoss(SlotConfig):
     """-log p of the written token (SFT)."""
 
     name: str = "cross_entropy"
+    reads_whole_teacher: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
 
 
@@ -356,6 +402,54 @@ class K2Loss(SlotConfig):
     """(log p - log q)^2 / 2 of the sampled token: in expectation the gradient of reverse KL."""
 
     name: str = "k2"
+    reads_whole_teacher: ClassVar[bool] = False
+
+
+@dataclass
+class TrustRegionLoss(SlotConfig):
+    """Policy gradient on tokens that the teacher accepts, another loss on those it rejects (arXiv 2606.01249)."""
+
+    name: str = "trust_region"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    trust: str = "sampled"
+    """sampled: a token is accepted with probability min(q/p, 1); expected: it counts with this factor"""
+    outlier: str = "forward_kl"
+    """Of rejected tokens. forward_kl on the teacher's k best ids; clip: bounded policy gradient; mask: nothing"""
+    k: int = 64
+    tail: bool = False
+    """Of forward_kl: one more bucket for the mass outside the k ids."""
+    outlier_clip: float = 1.0
+    """Of clip: the advantage of a rejected token is at least minus this, nats."""
+    importance_ratio: str = "sampler"
+    """sampler: p(y) over the probability it was sampled with; none: 1 (for a correction in the weight slot)"""
+
+
+@dataclass
+class EntropyAwareLoss(SlotConfig):
+    """Policy gradient, and forward KL besides where the teacher hesitates (arXiv 2603.07079)."""
+
+    name: str = "entropy_aware"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    entropy_threshold: float = 0.8
+    """Entropy of the teacher, nats, above which the forward KL is added."""
+    k: int = 16
+    """The forward KL looks at the teacher's k best ids..."""
+    outside: str = "tail"
+    """...and at the rest as one more bucket (tail), or only within the k (renormalised)."""
+    importance_ratio: str = "sampler"
+
+
+@dataclass
+class MiniLLMLoss(SlotConfig):
+    """Exact single-step term and policy gradient on the return of later tokens (arXiv 2306.08543)."""
+
+    name: str = "minillm"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    discount: float = 1.0
+    length_normalised: bool = True
+    """Divide the return by the (discounted) number of its terms."""
+    clip_ratio: float | None = 0.2
+    """PPO clipping of the importance ratio in the policy gradient to [1 - c, 1 + c]; None does not clip."""
 
 
 @dataclass
@@ -402,8 +496,25 @@ class PrefixWeight(SlotConfig):
     gamma: float = 0.5
 
 
+@dataclass
+class EntropyWeight(SlotConfig):
+    """Keeps the tokens of a response at which the entropy is highest (REOPOLD, arXiv 2603.11137)."""
+
+    name: str = "entropy"
+    keep: float = 0.5
+    """Share of a response's tokens; their factors make up for the others, which get 0."""
+    of: str = "student"
+    """Whose entropy: student or teacher"""
+
+
 SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
-    "prefix": {"student": StudentPrefix, "dataset": DatasetPrefix},
+    "prefix": {
+        "student": StudentPrefix,
+        "dataset": DatasetPrefix,
+        "teacher": TeacherPrefix,
+        "teacher_mixed": TeacherMixedPrefix,
+        "mixed": MixedPrefix,
+    },
     "stop": {
         "default": DefaultStop,
         "kat": KatStop,
@@ -423,6 +534,9 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
         "head_plus_sample": HeadPlusSampleLoss,
         "policy_gradient": PolicyGradientLoss,
         "k2": K2Loss,
+        "trust_region": TrustRegionLoss,
+        "entropy_aware": EntropyAwareLoss,
+        "minillm": MiniLLMLoss,
         "cross_entropy": CrossEntropyLoss,
     },
     "weight": {
@@ -431,6 +545,7 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
         "icepop": IcePopWeight,
         "sequence": SequenceImportanceWeight,
         "prefix": PrefixWeight,
+        "entropy": EntropyWeight,
     },
 }
 """For every slot, its choices by name. `slot=name` on the command line is sugar for `slot.name=name`."""

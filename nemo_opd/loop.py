@@ -155,7 +155,7 @@ def one_step(run: Run) -> StepReport | None:
 def written(run: Run, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
     """This rank's share of the step's responses, as they finish."""
     mine = [prompts[i] for i in run.processes.share(len(prompts))]
-    return run.source.rollouts(mine, run.stop.requested)
+    return run.source.rollouts(mine, run.state.step, run.stop.requested)
 
 
 def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
@@ -194,7 +194,8 @@ def without_signal(rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> 
 def train_batch(
     run: Run, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores], members: Sequence[int]
 ) -> tuple[TrainBatch, dict[str, float]]:
-    """This replica's rows, and the global token counts: one per loss component, and `dropped` without a score."""
+    """This replica's rows, and the global token counts: one per loss component, `trained` by any of them, and
+    `dropped` without a score."""
     train = run.config.train
     rows = pack(
         [rollouts[i] for i in members],
@@ -203,6 +204,7 @@ def train_batch(
         [0.0] * len(members),
         train.micro_batch_tokens,
         train.packing,
+        run.config.run.seed,
     )
     counts = global_counts(run, rows)
     return TrainBatch(rows, {name: max(1.0, counts[name]) for name in run.loss.components}), counts
@@ -210,11 +212,13 @@ def train_batch(
 
 def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
     """Token counts over all replicas and micro-batches; each replica is counted by the first rank of its last stage."""
-    counts = dict.fromkeys([*run.loss.components, "dropped"], 0.0)
+    counts = dict.fromkeys([*run.loss.components, "trained", "dropped"], 0.0)
     if run.place.rank == run.place.loss_ranks[run.place.data_parallel_rank][0]:
         for row in rows:
-            for name, mask in run.loss.component_masks(row.tokens).items():
+            masks = run.loss.component_masks(row.tokens)
+            for name, mask in masks.items():
                 counts[name] += float(mask.sum())
+            counts["trained"] += float(torch.stack(list(masks.values())).any(0).sum())
             counts["dropped"] += float((~row.tokens.teacher_valid).sum())
     return run.processes.sum(counts)
 
@@ -235,7 +239,7 @@ def token_metrics(
     silent = float(sum(int(rollout.loss_mask.sum()) for rollout, context in pairs if context is None))
     step = {
         "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts) + discarded),
-        "trained": max(value for name, value in counts.items() if name != "dropped"),
+        "trained": counts["trained"],
         "dropped": counts["dropped"] - silent,
         "without_context": silent,
         "discarded": float(discarded),

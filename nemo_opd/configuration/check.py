@@ -20,11 +20,11 @@ from nemo_opd.config import (
     DatasetPrefix,
     LayoutConfig,
     PeersContext,
-    PrefixWeight,
     PrivilegedContext,
     SamePromptContext,
 )
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
+from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
 from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.errors import ConfigError
 
@@ -37,6 +37,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_malformed": ("error", "skip"),
     "verify.name": ("none", "exact", "integer", "math", "choice", "tool_call", "code"),
     "optimizer.decay": ("constant", "linear", "cosine"),
+    "prefix.length": ("uniform", "largest"),
+    "prefix.loss": ("cross_entropy", "same"),
     "context.variant": ("contrastive", "successes", "random_peer", "unrelated_prompt", "success_only_matched"),
     "context.place": ("user", "system"),
     "context.fallback": ("mask", "plain_prompt"),
@@ -47,6 +49,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.teacher": ("full", "scores"),
     "loss.divergence": ("reverse", "forward", "jsd"),
     "loss.importance_ratio": ("sampler", "none"),
+    "loss.trust": ("sampled", "expected"),
+    "loss.outside": ("tail", "renormalised"),
+    "weight.of": ("student", "teacher"),
+    "loss.outlier": ("forward_kl", "mask", "clip"),
 }
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -77,6 +83,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "stop.segment_tokens": (1, math.inf),
     "stop.length": (1, math.inf),
     "stop.tolerance": (0, 1),
+    "prefix.max_tokens": (1, math.inf),
+    "prefix.anneal_steps": (1, math.inf),
+    "prefix.loss_weight": (0, math.inf),
+    "prefix.on_policy_share": (0, 1),
+    "prefix.teacher_share": (0, 1 - 1e-6),
     "context.max_tokens": (1, math.inf),
     "context.success_threshold": (1e-6, 1),
     "context.successes": (1, math.inf),
@@ -88,10 +99,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.k": (1, math.inf),
     "loss.beta": (0, 1),
     "loss.alpha": (1e-6, 1 - 1e-6),
+    "loss.outlier_clip": (1e-6, math.inf),
+    "loss.entropy_threshold": (0, math.inf),
     "weight.clamp": (1e-6, math.inf),
     "weight.low": (0, math.inf),
     "weight.high": (1e-6, math.inf),
     "weight.gamma": (0, math.inf),
+    "weight.keep": (1e-6, 1),
     "verify.time_limit": (1e-3, math.inf),
     "optimizer.lr": (0, math.inf),
     "optimizer.min_lr": (0, math.inf),
@@ -127,10 +141,10 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         _teacher,
         _written_responses,
         stop_rules,
+        prefix_rules,
         _context,
-        _importance,
         _served_scores,
-        _prefix_weight,
+        weight_rules,
         _schedule,
         _evaluation,
         _run_folder,
@@ -278,14 +292,6 @@ def _peers(config: Config, context: PeersContext) -> None:
         raise ConfigError("train.prompts_per_step", got, expected, "raise it or choose another context.variant")
 
 
-def _importance(config: Config) -> None:
-    """The ratio of trainer to sampler is applied by the loss or by the weight, not by both."""
-    ratio = getattr(config.loss, "importance_ratio", "none")
-    if config.weight.needs_sampler_logprobs and ratio != "none":
-        way_out = "set loss.importance_ratio=none, or the ratio is applied twice"
-        raise ConfigError("weight.name", config.weight.name, f"unit with loss.importance_ratio={ratio}", way_out)
-
-
 def _served_scores(config: Config) -> None:
     """Scores at given ids need the ids with the request, and nothing computes the student's best ones by then."""
     support = getattr(config.loss, "support", None)
@@ -295,17 +301,6 @@ def _served_scores(config: Config) -> None:
             "are known"
         )
         raise ConfigError("loss.support", support, expected, "choose one of these, or loss.teacher=full")
-
-
-def _prefix_weight(config: Config) -> None:
-    loss = config.loss
-    unscored = not loss.needs_teacher or getattr(loss, "teacher", "full") == "scores"
-    if isinstance(config.weight, PrefixWeight) and unscored:
-        expected = (
-            f"unit with loss {loss.name}, as that weight needs the teacher's log-probability of every written token"
-        )
-        way_out = "choose loss=policy_gradient, k2, or one that reads the teacher's whole distribution"
-        raise ConfigError("weight.name", "prefix", expected, way_out)
 
 
 def _schedule(config: Config) -> None:
@@ -404,7 +399,8 @@ def _vocabulary(config: Config, model: ModelSizes) -> None:
         expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
         raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
     for slot, choice in (("loss", config.loss), ("stop", config.stop)):
-        k = 0 if getattr(choice, "divergence", "tail") == "full" else getattr(choice, "k", 0)
+        unread = getattr(choice, "divergence", "") == "full" or getattr(choice, "outlier", "forward_kl") != "forward_kl"
+        k = 0 if unread else getattr(choice, "k", 0)
         if k > model.vocabulary:
             raise ConfigError(f"{slot}.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
 

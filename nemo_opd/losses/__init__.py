@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from nemo_opd.losses import (  # noqa: F401 - they register themselves
     cross_entropy,
+    entropy_aware,
     forward_kl,
     head_plus_sample,
     jsd,
     k2,
+    minillm,
     policy_gradient,
     renormalised,
     reverse_kl,
     skew_kl,
     stop_gradient,
     tail,
+    trust_region,
 )
 from nemo_opd.losses.base import DistillationLoss, DistributionLoss, SampledTokenLoss
+from nemo_opd.losses.by_author import for_prefix
 from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight
 from nemo_opd.losses.weights import TokenWeight
 
@@ -31,4 +35,5 @@ __all__ = [
     "TokenWeight",
     "build_loss",
     "build_weight",
+    "for_prefix",
 ]

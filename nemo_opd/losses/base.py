@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nemo_opd.types import Author, Need, TeacherNeeds, TokenBatch
 from nemo_opd.vocab.logits import LogitsView
-from nemo_opd.vocab.objective import Evaluation, FullDivergence, SampledScores
+from nemo_opd.vocab.objective import Evaluation, FullDivergence, Part, SampledScores
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.shard import VocabShard
 from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support
@@ -45,7 +45,7 @@ class DistillationLoss(Loss):
 
     name: ClassVar[str]
     """The registered name."""
-    zero_at_match: ClassVar[bool] = True
+    zero_at_match: bool = True
     """Are loss *and gradient* 0 where student and teacher agree?"""
     whole_row: bool = False
     """Must `prepare` see a row at once? Costs one more forward pass through the output layers."""
@@ -53,6 +53,8 @@ class DistillationLoss(Loss):
     """The hand-written backward that computes this loss, if it is a divergence over the whole vocabulary."""
     few: FewNumbers | None = None
     """What it looks at, if it is a loss of a few log-probabilities per token."""
+    parts: tuple[Part, ...] = ()
+    """See `nemo_opd.losses.by_author`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +175,7 @@ class DistillationLoss(Loss):
             sampler_logprobs=sampler_logprobs,
             advantage=torch.zeros_like(sampler_logprobs) if advantage is None else advantage,
             teacher_valid=valid if mask is None else mask.bool(),
+            response_key=torch.zeros_like(count),
             teacher_sampled_logprobs=teacher_logprobs,
             teacher_ids=teacher_ids,
             teacher_id_logprobs=teacher_id_logprobs,
@@ -181,7 +184,14 @@ class DistillationLoss(Loss):
         known = None
         if isinstance(teacher, LogitsView) or (teacher is not None and teacher_logprobs is not None):
             known = teacher.logprob(token_ids).detach()
-        prepared = self.prepare(SampledScores(student.detach().logprob(token_ids), known), tokens)
+        whole = isinstance(teacher, LogitsView)
+        scores = SampledScores(
+            student.detach().logprob(token_ids),
+            known,
+            student.detach().entropy(),
+            teacher.entropy() if teacher is not None and whole else None,
+        )
+        prepared = self.prepare(scores, tokens)
         losses = self.evaluate(student, teacher, tokens, prepared).losses
         masks = self.component_masks(tokens)
         total = student.logits.sum() * 0
@@ -208,11 +218,14 @@ class DistillationLoss(Loss):
 
 
 class DistributionLoss(DistillationLoss):
-    """A sum over the vocabulary or a support, which is differentiated. It can never be an advantage."""
+    """A sum over the vocabulary or a support, which is differentiated. It can never be an advantage.
 
-    @abstractmethod
+    Its author writes `token_losses`, or `evaluate` where the loss needs more than the two views.
+    """
+
     def token_losses(self, student: VocabView, teacher: VocabView, tokens: TokenBatch) -> dict[str, Tensor]:
         """By component, the loss [tokens] in nats, differentiable with respect to the student's view."""
+        raise NotImplementedError(f"{type(self).__name__} writes neither token_losses nor evaluate")
 
     def metrics(
         self, student: VocabView, teacher: VocabView, tokens: TokenBatch

@@ -8,6 +8,7 @@ from torch import Tensor
 from nemo_opd.errors import ConfigError
 from nemo_opd.losses.advantage import Advantage, as_advantage, shape_advantage
 from nemo_opd.losses.base import SampledTokenLoss
+from nemo_opd.losses.ratio import check_importance_ratio, importance_ratio
 from nemo_opd.losses.registry import register_loss
 from nemo_opd.types import Need, TeacherNeeds, TokenBatch
 from nemo_opd.vocab.objective import SampledScores
@@ -66,10 +67,7 @@ class PolicyGradient(SampledTokenLoss):
 
     def sampled_losses(self, logprobs: Tensor, tokens: TokenBatch, prepared: Tensor | None) -> dict[str, Tensor]:
         assert prepared is not None
-        sampler = logprobs.detach()
-        if self.importance_ratio == "sampler":
-            sampler = torch.where(tokens.sampler_logprobs.isfinite(), tokens.sampler_logprobs, sampler)
-        ratio = (logprobs - sampler).exp()
+        ratio = importance_ratio(logprobs, tokens, self.importance_ratio)
         gain = ratio * prepared
         if self.clip_ratio is not None:
             clipped = ratio.clamp(1.0 - self.clip_ratio, 1.0 + self.clip_ratio) * prepared
@@ -79,7 +77,7 @@ class PolicyGradient(SampledTokenLoss):
 
 def _check(
     clip_ratio: float | None,
-    importance_ratio: str,
+    ratio: str,
     advantage_clip: float | None,
     advantage_floor: float | None,
     discount: float,
@@ -89,11 +87,8 @@ def _check(
         raise ConfigError(
             "loss.clip_ratio", clip_ratio, "a number between 0 and 1, or null", "0.2 is PPO's; null never clips"
         )
-    if importance_ratio not in ("sampler", "none"):
-        raise ConfigError(
-            "loss.importance_ratio", importance_ratio, "sampler or none", "none goes with a correction in `weight`"
-        )
-    if clip_ratio is not None and importance_ratio == "none":
+    check_importance_ratio(ratio)
+    if clip_ratio is not None and ratio == "none":
         raise ConfigError(
             "loss.clip_ratio", clip_ratio, "null with importance_ratio=none", "there is no ratio to clip without one"
         )

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from nemo_opd.errors import ConfigError
-from nemo_opd.losses.base import DistributionLoss
+from nemo_opd.losses.few import FewNumbersLoss
 from nemo_opd.types import Need, TeacherNeeds, TokenBatch
 from nemo_opd.vocab.objective import Evaluation
-from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support, few_of_view, support_of_views
-from nemo_opd.vocab.view import VocabView
+from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support
 
 SUPPORTS = ("student", "teacher", "union", "intersection")
 
@@ -41,7 +40,7 @@ class OnSupport(NamedTuple):
     support: Support
 
 
-class TopKLoss(DistributionLoss):
+class TopKLoss(FewNumbersLoss):
     """A loss on a support.
 
     Args:
@@ -86,18 +85,6 @@ class TopKLoss(DistributionLoss):
     @abstractmethod
     def on_support(self, both: OnSupport, tokens: TokenBatch) -> Tensor:
         """The loss [tokens] on a support."""
-
-    def token_losses(self, student: VocabView, teacher: VocabView, tokens: TokenBatch) -> dict[str, Tensor]:
-        return dict(self.evaluate(student, teacher, tokens, None).losses)
-
-    def evaluate(
-        self, student: VocabView, teacher: VocabView | None, tokens: TokenBatch, prepared: Tensor | None
-    ) -> Evaluation:
-        assert teacher is not None and self.few is not None
-        support = support_of_views(self.few, student.detach(), teacher, tokens.teacher_ids)
-        few_p = few_of_view(student, self.few, support, tokens.ids)
-        few_q = few_of_view(teacher, self.few, support, tokens.ids)
-        return self.evaluate_few(few_p, few_q, support, tokens, prepared)
 
     def evaluate_few(
         self,

@@ -25,6 +25,9 @@ from nemo_opd.types import TokenBatch
 from nemo_opd.vocab.objective import SampledScores
 from nemo_opd.vocab.row import discounted_return, per_sequence
 
+_ROUNDING = 1e-4
+"""A share of a count that is a whole number must not become the next one by rounding."""
+
 Metrics = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -134,3 +137,52 @@ class PrefixWeight(TokenWeight):
         before = torch.where(total > 0, (total - from_here) / total.clamp(min=torch.finfo(gap.dtype).tiny), 0.0)
         factor = 1.0 + self.gamma * (1.0 - before)
         return factor, {"weight": (factor, torch.ones_like(tokens.teacher_valid))}
+
+
+@register_weight("entropy")
+class EntropySelection(TokenWeight):
+    """Keeps the share `keep` of a response's tokens at which the entropy is highest (REOPOLD, arXiv 2603.11137).
+
+    A kept token gets the factor n / m, n the response's tokens and m those kept, so that factors average 1 within each
+    response and normalisers, which count tokens, stay right. Tokens without a teacher score take no place. Which share
+    is kept, and that it is ranked within a response rather than a batch, is a reconstruction.
+    """
+
+    metric_names = ("weight", "kept_entropy")
+    whole_row = True
+
+    def __init__(self, keep: float = 0.5, of: str = "student") -> None:
+        if not 0.0 < keep <= 1.0:
+            raise ConfigError("weight.keep", keep, "a share above 0, up to 1", "1 switches it off")
+        if of not in ("student", "teacher"):
+            raise ConfigError("weight.of", of, "student or teacher", "student is the paper's")
+        self.keep, self.of = keep, of
+
+    def factors(self, scores: SampledScores, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        entropy = scores.student_entropy if self.of == "student" else scores.teacher_entropy
+        if entropy is None:
+            raise TypeError("weight entropy of the teacher needs its whole distribution, which this loss does not ask")
+        place, count = rank_in_sequence(entropy, tokens.teacher_valid, tokens)
+        places = (self.keep * count - _ROUNDING).ceil().clamp(min=1.0)
+        kept = tokens.teacher_valid & (place < places)
+        factor = torch.where(kept, count / places, 0.0)
+        return factor, {"weight": (factor, tokens.teacher_valid), "kept_entropy": (entropy, kept)}
+
+
+def rank_in_sequence(values: Tensor, counted: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(place of each token among the counted ones of its sequence, largest value first; their number), [tokens].
+
+    Equal values are placed by their offset. A token that is not counted has a place behind all others.
+    """
+    order = tokens.offset.argsort(stable=True)
+    order = order[values[order].argsort(descending=True, stable=True)]
+    order = order[(~counted[order]).to(torch.int8).argsort(stable=True)]
+    order = order[tokens.sequence[order].argsort(stable=True)]
+    index = torch.arange(len(order), device=values.device)
+    sequence = tokens.sequence[order]
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = sequence[1:] != sequence[:-1]
+    start = torch.where(first, index, 0).cummax(0).values
+    place = torch.zeros_like(values)
+    place[order] = (index - start).to(values.dtype)
+    return place, per_sequence(counted.to(values.dtype), tokens)

@@ -22,8 +22,8 @@ class RolloutSource(Protocol):
     def follows_policy(self) -> bool:
         """Does the student write, so that its generator wants the new weights after a step?"""
 
-    def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
-        """Every sample of every prompt, in any order; fewer when a stop was requested."""
+    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+        """Every sample of every prompt, in any order; fewer when a stop was requested. `step` counts from 0."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class StudentSource:
     seed: int
     follows_policy: bool = True
 
-    def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
-        requests = [
+    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+        return self.written(self.requests(prompts), stop_requested)
+
+    def requests(self, prompts: Sequence[Prompt]) -> list[GenerateRequest]:
+        """One for each sample of each prompt."""
+        return [
             GenerateRequest(prompt, sample, derive_seed(self.seed, prompt.epoch, prompt.index, sample))
             for prompt in prompts
             for sample in range(self.samples_per_prompt)
         ]
+
+    def written(self, requests: Sequence[GenerateRequest], stop_requested: StopRequested) -> Iterator[Rollout]:
+        """The student's responses to requests, which may hold a prefix."""
         return self.generator.generate(requests, self.sampling, stop_requested)
 
 
@@ -54,7 +61,7 @@ class DatasetSource:
     max_new_tokens: int
     follows_policy: bool = False
 
-    def rollouts(self, prompts: Sequence[Prompt], stop_requested: StopRequested) -> Iterator[Rollout]:
+    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
         for prompt in prompts:
             if prompt.response is None:
                 raise ConfigError(

@@ -13,8 +13,9 @@ computed (`generic`, `divergence`, `reduced`); each adds one all-reduce of the h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, always_measured
 from nemo_opd.vocab.divergence import divergence_chunk
 from nemo_opd.vocab.generic import generic_chunk
-from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
+from nemo_opd.vocab.objective import Objective, Part, SampledScores, Weighting
 from nemo_opd.vocab.output import OutputLayer, WeightGradient, hidden_gradient, logits_into
 from nemo_opd.vocab.reduced import reduced_chunk
 from nemo_opd.vocab.row import gather_row
@@ -63,7 +64,7 @@ def fused_loss(
     """Loss and gradients of one packed row, exact under tensor parallelism.
 
     Args:
-        loss: what is minimised.
+        loss: what is minimised. One with `parts` is computed part by part, each on its authors' tokens.
         hidden: [tokens, hidden], the same on every rank of ``output.shard.group``; row i predicts ``tokens.ids[i]``.
         output: the student's output layer. Its gradient is this rank's shard: added to ``weight.main_grad`` where that
             exists (`WeightGradient`), returned by autograd otherwise.
@@ -85,6 +86,13 @@ def fused_loss(
     Raises:
         ValueError: shapes, vocabularies or normalisers that do not fit together.
     """
+    if loss.parts:
+        compute = partial(
+            fused_loss, output=output, teacher_output=teacher_output, chunk_tokens=chunk_tokens, gradient=gradient,
+            grad_scale=grad_scale, reduce_hidden=reduce_hidden, sequence_group=sequence_group,
+            hand_written=hand_written,
+        )  # fmt: skip
+        return _sum_of_parts(loss.parts, hidden, tokens, normalisers, weight, compute)
     _check(loss, hidden, output, teacher_output, tokens, normalisers, chunk_tokens)
     job = _Job(
         loss, output, teacher_output, tokens, dict(normalisers), weight, chunk_tokens, grad_scale, reduce_hidden,
@@ -95,6 +103,31 @@ def fused_loss(
     else:
         value = job.run(hidden.detach(), None, None)
     return FusedLoss(value, job.sums)
+
+
+def _sum_of_parts(
+    parts: Sequence[Part],
+    hidden: Tensor,
+    tokens: TokenBatch,
+    normalisers: Mapping[str, float],
+    weight: Weighting | None,
+    compute: Callable[..., FusedLoss],
+) -> FusedLoss:
+    """Each part on its own tokens, so that each keeps its hand-written backward; no token's logits are made twice."""
+    total = torch.zeros((), device=hidden.device)
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        mine = part.members(tokens).nonzero().squeeze(1)
+        found = compute(
+            part.objective,
+            hidden.index_select(0, mine),
+            tokens=tokens.select(mine),
+            normalisers={name: normalisers.get(part.label + name, 0.0) for name in part.objective.components},
+            weight=part.weighting(weight),
+        )
+        total = total + found.loss
+        sums |= {part.label + name: value for name, value in found.sums.items()}
+    return FusedLoss(total, sums)
 
 
 def _check(

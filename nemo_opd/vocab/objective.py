@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nemo_opd.types import TeacherNeeds, TokenBatch
+from nemo_opd.types import Author, TeacherNeeds, TokenBatch
 from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support
 from nemo_opd.vocab.view import VocabView
 
@@ -78,7 +79,10 @@ class Objective(Protocol):
     divergence: FullDivergence | None
     few: FewNumbers | None
     needs: TeacherNeeds
+    zero_at_match: bool
     components: tuple[str, ...]
+    parts: tuple[Part, ...]
+    """Losses that share the tokens of a row between them; if there are any, nothing else here is asked."""
     metric_names: tuple[str, ...]
     """Every metric that `evaluate` and `token_metrics` can report, so that a rank without tokens has the same names."""
     whole_row: bool
@@ -120,3 +124,44 @@ class Weighting(Protocol):
 
     def factors(self, scores: SampledScores, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
         """Factor [tokens] and metrics (values and the tokens on which they count)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loss on the tokens of some authors, in an objective that treats authors differently."""
+
+    objective: Objective
+    authors: frozenset[Author]
+    factor: float = 1.0
+    """On its loss; not on its token count."""
+    label: str = ""
+    """Put before the names of its components and metrics."""
+    weighted: bool = True
+    """Does the weight slot apply to it?"""
+
+    def members(self, tokens: TokenBatch) -> Tensor:
+        """bool [tokens]: whose loss this is."""
+        found = torch.zeros_like(tokens.teacher_valid)
+        for author in self.authors:
+            found |= tokens.author == int(author)
+        return found
+
+    def weighting(self, weight: Weighting | None) -> Weighting | None:
+        """The weight slot's factors times `factor`."""
+        weight = weight if self.weighted else None
+        return weight if self.factor == 1.0 else ScaledWeighting(weight, self.factor)
+
+
+class ScaledWeighting:
+    """A `Weighting` times a number; its metrics are those of the weighting itself."""
+
+    def __init__(self, weight: Weighting | None, factor: float) -> None:
+        self._weight, self._factor = weight, factor
+        self.metric_names: tuple[str, ...] = () if weight is None else weight.metric_names
+        self.whole_row = weight is not None and weight.whole_row
+
+    def factors(self, scores: SampledScores, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
+        if self._weight is None:
+            return torch.full_like(scores.student, self._factor), {}
+        factors, metrics = self._weight.factors(scores, tokens)
+        return self._factor * factors, metrics

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_opd.config import SlotConfig
-from nemo_opd.types import TokenBatch
+from nemo_opd.types import Author, TokenBatch
 from tests.helpers.losses import Answer, Case, Data, make_data
 
 Reference = Callable[[Tensor, Tensor, TokenBatch, SlotConfig], Tensor]
@@ -120,6 +120,20 @@ def k2(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
     return (_at(z.log_softmax(1), tokens.ids) - _at(zt.log_softmax(1), tokens.ids)) ** 2 / 2
 
 
+def _return(own: Tensor, tokens: TokenBatch, slot: SlotConfig, first: int = 0) -> Tensor:
+    """Discounted sum, or mean, of `own` over the tokens of the response from offset + `first` on."""
+    result = torch.zeros_like(own)
+    for t in range(len(own)):
+        later = [
+            s for s in range(len(own)) if tokens.sequence[s] == tokens.sequence[t]
+            and tokens.offset[s] >= tokens.offset[t] + first and tokens.teacher_valid[s]
+        ]  # fmt: skip
+        gaps = torch.tensor([int(tokens.offset[s] - tokens.offset[t]) for s in later], dtype=own.dtype)
+        powers = slot.discount**gaps
+        result[t] = (powers * own[later]).sum() / (powers.sum() if slot.length_normalised and later else 1.0)
+    return result
+
+
 def policy_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
     log_p, log_q = _at(z.log_softmax(1), tokens.ids), _at(zt.log_softmax(1), tokens.ids)
     own = (log_q - log_p).detach()
@@ -127,18 +141,8 @@ def policy_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig)
         own = own.clip(-slot.advantage_clip, slot.advantage_clip)
     if slot.advantage_floor is not None:
         own = own.clip(min=math.log(slot.advantage_floor / (1 - slot.advantage_floor)))
-    advantage = own.clone()
-    if slot.discount > 0:
-        for t in range(len(own)):
-            later = [
-                s for s in range(len(own)) if tokens.sequence[s] == tokens.sequence[t]
-                and tokens.offset[s] >= tokens.offset[t] and tokens.teacher_valid[s]
-            ]  # fmt: skip
-            gaps = torch.tensor([int(tokens.offset[s] - tokens.offset[t]) for s in later], dtype=own.dtype)
-            powers = slot.discount**gaps
-            advantage[t] = (powers * own[later]).sum() / (powers.sum() if slot.length_normalised and later else 1.0)
-    old = tokens.sampler_logprobs if slot.importance_ratio == "sampler" else log_p.detach()
-    ratio = torch.exp(log_p - old)
+    advantage = _return(own, tokens, slot) if slot.discount > 0 else own
+    ratio = _ratio(log_p, tokens, slot)
     if slot.clip_ratio is None:
         return -ratio * advantage
     clipped = torch.clip(ratio, 1 - slot.clip_ratio, 1 + slot.clip_ratio)
@@ -149,11 +153,75 @@ def cross_entropy(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -
     return torch.nn.functional.cross_entropy(z, tokens.ids, reduction="none")
 
 
+def _uniform(key: int, offset: int) -> float:
+    """SplitMix64 in Python's integers: finalised key, then the stream's output at `offset`, then one of its own."""
+
+    def finalise(x: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ x >> shift) * factor % 2**64
+        return x
+
+    bits = finalise(finalise(key) + (offset + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1)
+    return ((bits >> 12) + 0.5) / 2**52
+
+
+def _ratio(log_p: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    old = tokens.sampler_logprobs if slot.importance_ratio == "sampler" else log_p.detach()
+    return torch.exp(log_p - torch.where(old.isnan(), log_p.detach(), old))
+
+
+def trust_region(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    log_p, log_q = z.log_softmax(1), zt.log_softmax(1)
+    y_p, y_q = _at(log_p, tokens.ids), _at(log_q, tokens.ids)
+    gap = (y_q - y_p).detach()
+    trusted = gap.exp().clip(max=1)
+    if slot.trust == "sampled":
+        drawn = [_uniform(k, t) for k, t in zip(tokens.response_key.tolist(), tokens.offset.tolist(), strict=True)]
+        trusted = (torch.tensor(drawn, dtype=z.dtype) < trusted).to(z.dtype)
+    ratio = _ratio(y_p, tokens, slot)
+    if slot.outlier == "mask":
+        return -trusted * ratio * gap
+    if slot.outlier == "clip":
+        return -ratio * (trusted * gap + (1 - trusted) * gap.clip(min=-slot.outlier_clip))
+    best = zt.topk(min(slot.k, zt.shape[1])).indices
+    inside = torch.zeros_like(zt, dtype=torch.bool).scatter(1, best, True)
+    forward = _inside(log_q.exp() * (log_q - log_p), inside)
+    if slot.tail and not inside.all():
+        p_rest, q_rest = (_inside(d.exp(), ~inside) for d in (log_p, log_q))
+        forward = forward + q_rest * (q_rest / p_rest).log()
+    return -trusted * ratio * gap + (1 - trusted) * ratio.detach() * forward
+
+
+def entropy_aware(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    p, q = z.softmax(1), zt.softmax(1)
+    y_p, y_q = _at(p.log(), tokens.ids), _at(q.log(), tokens.ids)
+    inside = torch.zeros_like(zt, dtype=torch.bool).scatter(1, zt.topk(min(slot.k, zt.shape[1])).indices, True)
+    p_in, q_in = (d.masked_fill(~inside, 0.0) for d in (p, q))
+    if slot.outside == "renormalised":
+        forward = _kl(q_in / q_in.sum(1, keepdim=True), p_in / p_in.sum(1, keepdim=True))
+    else:
+        rest = [_inside(d, ~inside).unsqueeze(1) for d in (p, q)]
+        forward = _kl(torch.cat([q_in, rest[1]], 1), torch.cat([p_in, rest[0]], 1))
+    hesitates = -(q * q.log()).sum(1) > slot.entropy_threshold
+    return -_ratio(y_p, tokens, slot) * (y_q - y_p).detach() + hesitates * forward
+
+
+def minillm(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    log_p, log_q = z.log_softmax(1), zt.log_softmax(1)
+    y_p = _at(log_p, tokens.ids)
+    later = _return((_at(log_q, tokens.ids) - y_p).detach(), tokens, slot, first=1)
+    ratio = torch.exp(y_p - tokens.sampler_logprobs)
+    low, high = (1 - slot.clip_ratio, 1 + slot.clip_ratio) if slot.clip_ratio else (0.0, math.inf)
+    gain = torch.minimum(ratio * later, ratio.clip(low, high) * later)
+    return ratio.detach() * _kl(z.softmax(1), zt.softmax(1)) - gain
+
+
 REFERENCES: dict[str, Reference] = {
     f.__name__: f
     for f in (
         reverse_kl, forward_kl, jsd, skew_forward_kl, skew_reverse_kl, stop_gradient, tail, renormalised,
-        head_plus_sample, naive, k2, policy_gradient, cross_entropy,
+        head_plus_sample, naive, k2, policy_gradient, cross_entropy, trust_region, entropy_aware,
+        minillm,
     )
 }  # fmt: skip
 NO_TEACHER = {"cross_entropy"}
@@ -169,6 +237,15 @@ def weight_of(case: Case, data: Data) -> Tensor:
     if slot.name == "icepop":
         return ratio * ((ratio >= slot.low) & (ratio <= slot.high))
     factor = torch.ones_like(ratio)
+    if slot.name == "entropy":
+        d = (data.logits if slot.of == "student" else data.teacher_logits).softmax(1)
+        entropy = -(d * d.log()).sum(1)
+        for sequence in tokens.sequence.unique():
+            mine = ((tokens.sequence == sequence) & tokens.teacher_valid).nonzero().squeeze(1)
+            m = max(1, math.ceil(slot.keep * len(mine) - 1e-6))
+            factor[tokens.sequence == sequence] = 0.0
+            factor[sorted(mine.tolist(), key=lambda t: -float(entropy[t]))[:m]] = len(mine) / m
+        return factor
     for t in range(len(ratio)):
         same = tokens.sequence == tokens.sequence[t]
         if slot.name == "sequence":
@@ -181,13 +258,28 @@ def weight_of(case: Case, data: Data) -> Tensor:
     return factor
 
 
+def _shares(case: Case, tokens: TokenBatch) -> list[tuple[Tensor, str, float, bool]]:
+    """(tokens, loss, factor, does the weight apply?) for the student's tokens and those of others."""
+    slot, everyone = case.prefix, torch.ones_like(tokens.teacher_valid)
+    if slot.name not in ("teacher", "mixed"):
+        return [(everyone, case.loss.name, 1.0, True)]
+    others = tokens.author != int(Author.STUDENT)
+    kind = case.loss.name if slot.loss == "same" else "cross_entropy"
+    own, theirs = 1.0, slot.loss_weight
+    if theirs is None:
+        own, theirs = slot.on_policy_share, 1 - slot.on_policy_share
+    return [(~others, case.loss.name, own, True), (others, kind, theirs, False)]
+
+
 def reference_answer(case: Case) -> Answer:
     """Loss and gradients of the whole batch by plain autograd."""
     data = make_data(case.batch)
     hidden, weight = data.hidden.clone().requires_grad_(), data.weight.clone().requires_grad_()
-    losses = REFERENCES[case.loss.name](hidden @ weight.T, data.teacher_logits, data.tokens, case.loss)
-    counts = torch.ones_like(data.tokens.teacher_valid) if case.loss.name in NO_TEACHER else data.tokens.teacher_valid
-    weighted = (weight_of(case, data) * losses)[counts]
-    total = weighted.sum() / max(1, int(counts.sum())) + 0 * hidden.sum() + 0 * weight.sum()
+    total = 0 * hidden.sum() + 0 * weight.sum()
+    for mine, name, factor, weighted in _shares(case, data.tokens):
+        losses = REFERENCES[name](hidden @ weight.T, data.teacher_logits, data.tokens, case.loss)
+        counts = mine if name in NO_TEACHER else mine & data.tokens.teacher_valid
+        factors = weight_of(case, data) if weighted else torch.ones_like(losses)
+        total = total + factor * (factors * losses)[counts].sum() / max(1, int(counts.sum()))
     dhidden, dweight = torch.autograd.grad(total, (hidden, weight))
     return Answer(float(total.detach()), dhidden, dweight, {})

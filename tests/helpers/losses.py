@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_opd.config import SlotConfig, UnitWeight
+from nemo_opd.config import SlotConfig, StudentPrefix, UnitWeight
 from nemo_opd.types import Author, Need, TokenBatch
 
 
@@ -36,6 +36,10 @@ class Batch:
     """The teacher is the student."""
     lost: str = "some"
     """Teacher scores that did not arrive: none, some or all."""
+    begun: int = 0
+    """The first so many tokens of each sequence are not the student's, and no sampler drew them..."""
+    author: Author = Author.TEACHER
+    """...but this author wrote them."""
     dtype: torch.dtype = torch.float64
 
 
@@ -62,6 +66,7 @@ class Case:
     batch: Batch = field(default_factory=Batch)
     options: tuple[tuple[str, Any], ...] = ()
     """More keyword arguments of `fused_loss`."""
+    prefix: SlotConfig = field(default_factory=StudentPrefix)
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,18 @@ def make_data(batch: Batch) -> Data:
         valid[1::5] = False
     elif batch.lost == "all":
         valid[:] = False
+    others = offset < batch.begun
     tokens = TokenBatch(
         position=torch.arange(count),
         ids=ids,
         sequence=sequence,
         offset=offset,
-        author=torch.full((count,), Author.STUDENT, dtype=torch.int8),
+        author=torch.where(others, int(batch.author), int(Author.STUDENT)).to(torch.int8),
         policy_version=torch.zeros(count, dtype=torch.int64),
-        sampler_logprobs=sampler,
+        sampler_logprobs=sampler.masked_fill(others, torch.nan),
         advantage=torch.from_numpy(rng.normal(size=count)).to(batch.dtype),
         teacher_valid=valid,
+        response_key=0x9E3779B97F4A7 * (sequence + 1) % 2**52,
     )
     return Data(hidden, weight, teacher_hidden, teacher_weight, tokens)
 
@@ -199,12 +206,13 @@ def _as_tensors(value: Any) -> Any:
 
 
 def solve_one(rank: int, case: Case, layout: Layout) -> dict[str, Any]:
-    from nemo_opd.losses import build_loss, build_weight
+    from nemo_opd.losses import build_loss, build_weight, for_prefix
     from nemo_opd.vocab.collectives import counted
     from nemo_opd.vocab.fused import OutputLayer, fused_loss
     from nemo_opd.vocab.shard import VocabShard, dense_shard, reshard_rows
 
-    data, loss, weight = make_data(case.batch), build_loss(case.loss), build_weight(case.weight)
+    data, weight = make_data(case.batch), build_weight(case.weight)
+    loss = for_prefix(build_loss(case.loss), case.prefix)
     tp_group, cp_group = group_of(rank, layout)
     tokens = with_payload(data, loss.needs.need, loss.needs.k or case.batch.k)
     masks = loss.component_masks(tokens)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from nemo_opd.config import (
     CrossEntropyLoss,
+    EntropyAwareLoss,
     ForwardKLLoss,
     HeadPlusSampleLoss,
     JSDLoss,
     K2Loss,
+    MiniLLMLoss,
     PolicyGradientLoss,
     RenormalisedLoss,
     ReverseKLLoss,
@@ -26,6 +28,7 @@ from nemo_opd.config import (
     SlotConfig,
     StopGradientLoss,
     TailLoss,
+    TrustRegionLoss,
 )
 from nemo_opd.losses import DistillationLoss, build_loss
 from nemo_opd.losses.naive import NaiveTopK
@@ -45,6 +48,8 @@ LOSSES = [
     *[RenormalisedLoss(k=K, divergence=d) for d in ("reverse", "forward", "jsd")],
     HeadPlusSampleLoss(k=K), K2Loss(), PolicyGradientLoss(), PolicyGradientLoss(clip_ratio=0.2),
     PolicyGradientLoss(advantage_clip=0.4, discount=0.9, length_normalised=True), CrossEntropyLoss(),
+    TrustRegionLoss(k=K), TrustRegionLoss(k=K, trust="expected", tail=True), TrustRegionLoss(k=K, outlier="clip"),
+    EntropyAwareLoss(k=K, entropy_threshold=2.0), MiniLLMLoss(), EntropyAwareLoss(k=K, outside="renormalised"),
 ]  # fmt: skip
 
 
@@ -61,6 +66,7 @@ def one_token_each(vocab: int, log_mu: Tensor) -> TokenBatch:
     return TokenBatch(
         position=ids, ids=ids, sequence=ids, offset=none, author=none.to(torch.int8), policy_version=none,
         sampler_logprobs=log_mu, advantage=torch.zeros(vocab), teacher_valid=torch.ones(vocab, dtype=torch.bool),
+        response_key=ids,
     )  # fmt: skip
 
 
@@ -71,8 +77,9 @@ def expected_gradient(loss: DistillationLoss, z: Tensor, zt: Tensor, mu: Tensor 
     tokens = one_token_each(vocab, mu.log())
     logits = z.expand(vocab, vocab).clone().requires_grad_()
     student, teacher = LogitsView(logits), LogitsView(zt.expand(vocab, vocab).contiguous())
-    prepared = loss.prepare(SampledScores(z.log_softmax(0), zt.log_softmax(0)), tokens)
-    (value,) = loss.evaluate(student, teacher, tokens, prepared).losses.values()
+    entropies = [view.detach().entropy() for view in (student, teacher)]
+    prepared = loss.prepare(SampledScores(z.log_softmax(0), zt.log_softmax(0), *entropies), tokens)
+    value = sum(loss.evaluate(student, teacher, tokens, prepared).losses.values())
     return torch.autograd.grad((mu * value).sum(), logits)[0].sum(0)
 
 
@@ -266,14 +273,16 @@ def test_gradient_is_that_of_the_surrogate_with_its_stop_gradients_frozen(slot):
     tokens = with_payload(data, loss.needs.need, K)
     models, rows = (data.logits, data.teacher_logits), torch.arange(len(tokens))
     log_p, log_q = (z.log_softmax(1)[rows, tokens.ids] for z in models)
-    prepared = loss.prepare(SampledScores(log_p, log_q if loss.needs.need != Need.NOTHING else None), tokens)
+    entropies = [LogitsView(z).entropy() for z in models]
+    known = log_q if loss.needs.need != Need.NOTHING else None
+    prepared = loss.prepare(SampledScores(log_p, known, *entropies), tokens)
     teacher = LogitsView(data.teacher_logits) if loss.needs.need != Need.NOTHING else None
     stops: list[Tensor] = []
 
     def surrogate(hidden: Tensor, replay: bool) -> float:
         with frozen(stops, replay), torch.no_grad():
             values = loss.evaluate(LogitsView(hidden @ data.weight.T), teacher, tokens, prepared).losses.values()
-            return float(next(iter(values)).mean())
+            return float(sum(values).mean())
 
     surrogate(data.hidden, replay=False)
     direction = make_data(Batch(seed=9)).hidden
@@ -297,7 +306,7 @@ def test_logits_of_80_stay_finite_in_float32(slot, hand_written):
 SERVED = [
     TailLoss(k=K, teacher="scores"), TailLoss(k=K, teacher="scores", support="teacher", divergence="jsd"),
     StopGradientLoss(k=K, teacher="scores"), RenormalisedLoss(k=K, teacher="scores", support="intersection"),
-    K2Loss(), PolicyGradientLoss(), PolicyGradientLoss(discount=1.0),
+    K2Loss(), PolicyGradientLoss(), PolicyGradientLoss(discount=1.0), TrustRegionLoss(outlier="clip"),
 ]  # fmt: skip
 
 
@@ -328,7 +337,7 @@ def test_an_exact_zero_of_a_served_teacher_drops_its_token_and_is_counted(slot):
     assert torch.equal(got[1], dropped[1])
     assert got[2]["teacher_zero"].tolist() == [2, len(tokens)] and got[2]["teacher_missing"][0] == 0
     assert dropped[2]["teacher_missing"].tolist() == [2, len(tokens)]
-    assert got[2][loss.name][1] == len(tokens) - 2
+    assert all(got[2][name][1] == len(tokens) - 2 for name in loss.components)
 
 
 BF16_LOSS, BF16_GRADIENT = 2e-5, 2.0**-8

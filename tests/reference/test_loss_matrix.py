@@ -14,11 +14,15 @@ import pytest
 from nemo_opd.config import (
     SLOTS,
     CrossEntropyLoss,
+    EntropyAwareLoss,
+    EntropyWeight,
     ForwardKLLoss,
     HeadPlusSampleLoss,
     IcePopWeight,
     JSDLoss,
     K2Loss,
+    MiniLLMLoss,
+    MixedPrefix,
     PolicyGradientLoss,
     PrefixWeight,
     RenormalisedLoss,
@@ -28,8 +32,11 @@ from nemo_opd.config import (
     SkewReverseKLLoss,
     StopGradientLoss,
     TailLoss,
+    TeacherPrefix,
     TruncatedImportanceWeight,
+    TrustRegionLoss,
 )
+from nemo_opd.types import Author
 from tests.helpers.loss_reference import reference_answer
 from tests.helpers.losses import Batch, Case, Layout, assemble, solve
 
@@ -58,16 +65,40 @@ LOSSES = [
     PolicyGradientLoss(advantage_floor=0.2, discount=0.9),
     PolicyGradientLoss(discount=1.0, length_normalised=True, clip_ratio=0.2),
     CrossEntropyLoss(),
+    TrustRegionLoss(k=K),
+    TrustRegionLoss(k=K, tail=True, trust="expected"),
+    TrustRegionLoss(k=29, tail=True, importance_ratio="none"),
+    TrustRegionLoss(k=K, outlier="mask"),
+    TrustRegionLoss(k=K, outlier="clip", trust="expected"),
+    EntropyAwareLoss(k=K, entropy_threshold=2.5),
+    EntropyAwareLoss(k=K, entropy_threshold=2.5, outside="renormalised", importance_ratio="none"),
+    MiniLLMLoss(),
+    MiniLLMLoss(discount=0.9, length_normalised=False, clip_ratio=None),
 ]
 WEIGHTED = [
     Case(ReverseKLLoss(), TruncatedImportanceWeight(clamp=1.1)),
     Case(TailLoss(k=K), IcePopWeight(low=0.7, high=1.4)),
     Case(JSDLoss(), SequenceImportanceWeight(low=0.8, high=1.2)),
     Case(K2Loss(), PrefixWeight()),
+    Case(TrustRegionLoss(k=K, importance_ratio="none"), TruncatedImportanceWeight(clamp=1.1)),
+    Case(PolicyGradientLoss(), EntropyWeight()),
+    Case(JSDLoss(), EntropyWeight(keep=0.3, of="teacher")),
+    Case(MiniLLMLoss(), EntropyWeight(keep=0.7)),
     Case(PolicyGradientLoss(importance_ratio="none", discount=0.5), SequenceImportanceWeight(low=0.8, high=1.2)),
 ]
+BEGUN_BY_TEACHER = Batch(lengths=(4, 2, 5, 2), begun=2, author=Author.TEACHER)
+PARTLY_DATASET = Batch(lengths=(4, 2, 5, 2), begun=2, author=Author.DATASET)
+BY_AUTHOR = [
+    Case(TrustRegionLoss(k=K), batch=BEGUN_BY_TEACHER, prefix=TeacherPrefix(loss_weight=0.3)),
+    Case(PolicyGradientLoss(discount=1.0), batch=BEGUN_BY_TEACHER, prefix=TeacherPrefix(loss_weight=2.0)),
+    Case(JSDLoss(beta=0.3), batch=PARTLY_DATASET, prefix=MixedPrefix(on_policy_share=0.7)),
+    Case(
+        ReverseKLLoss(), TruncatedImportanceWeight(clamp=1.1), PARTLY_DATASET,
+        prefix=MixedPrefix(loss="cross_entropy", loss_weight=0.2),
+    ),
+]  # fmt: skip
 GENERIC = (("hand_written", False),)
-CASES = [Case(loss) for loss in LOSSES] + WEIGHTED
+CASES = [Case(loss) for loss in LOSSES] + WEIGHTED + BY_AUTHOR
 THROUGH_AUTOGRAD = [replace(case, options=GENERIC) for case in CASES]
 
 # tp, dp, cp, chunk, micro_batches, packed, pad_to
@@ -113,7 +144,7 @@ def check(pool, jobs):
     shares = pool.run(solve, jobs, timeout=900.0)
     references = {}
     for i, (case, layout) in enumerate(jobs):
-        key = repr((case.loss, case.weight, case.batch))
+        key = repr((case.loss, case.weight, case.batch, case.prefix))
         if key not in references:
             references[key] = reference_answer(case)
         got, expected = assemble(case, layout, [s[i] for s in shares]), references[key]
@@ -144,7 +175,7 @@ def test_the_generic_path_computes_the_same(world, request):
 def test_nothing_to_train_on(world, request):
     """All teacher scores lost, or no trained token at all: zero loss, zero gradients, and every rank gets through."""
     jobs = [
-        (Case(case.loss, case.weight, Batch(lengths=lengths, lost="all"), case.options), layout)
+        (replace(case, batch=Batch(lengths=lengths, lost="all")), layout)
         for lengths in ((5, 3), ())
         for layout in BY_WORLD[world][1:2]
         for case in CASES

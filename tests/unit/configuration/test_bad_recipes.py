@@ -69,13 +69,16 @@ CASES = [
     Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, ", ("loss=reverse_kll",)),
     Bad("refused_loss", "loss.name: got k1; expected a loss with a gradient; that of log p - log q on sampled tokens "
         "is zero in expectation; use policy_gradient or k2", ("loss=k1",)),
-    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of kat, opd, "
-        "policy_gradient_opd, sft; did you mean `sft`?", new="algorithm: sfft\n"),
+    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of entropy_aware_opd, gkd, "
+        "importance_weighted_opd, kat, minillm, opd, policy_gradient_opd, reopold, sft, trust_region; did you mean "
+        "`sft`?", new="algorithm: sfft\n"),
     Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
         ("loss.clip_ratio=0.2",)),
     # values
     Bad("unknown_dtype", "student.dtype: got fp16; expected one of bfloat16, float32, float64; choose one of these",
         ("student.dtype=fp16",)),
+    Bad("unknown_outlier", "loss.outlier: got drop; expected one of forward_kl, mask, clip; choose one of these",
+        ("loss=trust_region", "loss.outlier=drop")),
     Bad("zero_steps", "train.steps: got 0; expected at least 1; change the value", ("train.steps=0",)),
     Bad("top_p_above_one", "rollout.top_p (recipe.yaml:11): got 1.5; expected a value from 1e-06 to 1; change the "
         "value", old="train:", new="  top_p: 1.5\ntrain:"),
@@ -129,6 +132,9 @@ CASES = [
         "reads the teacher's whole distribution", ("algorithm=sft", "weight=prefix")),
     Bad("prefix_weight_with_few_scores", "weight.name: got prefix; expected unit with loss tail",
         ("loss=tail", "loss.teacher=scores", "loss.support=teacher", "weight=prefix")),
+    Bad("entropy_of_a_teacher_that_is_not_asked", "weight.of: got teacher; expected student with loss policy_gradient, "
+        "which does not ask for the teacher's whole distribution; choose weight.of=student, or a loss over",
+        ("loss=policy_gradient", "weight=entropy", "weight.of=teacher")),
     Bad("loss_without_teacher", "teacher.engine: got none; expected an engine, as loss reverse_kl compares with a "
         "teacher; set teacher.engine=megatron and teacher.model, or choose loss=cross_entropy",
         ("teacher.engine=none",)),
@@ -147,6 +153,23 @@ CASES = [
         "importance ratio (loss=reverse_kl, weight=unit)", ("prefix=dataset", "loss=policy_gradient")),
     Bad("importance_ratio_twice", "weight.name: got tis; expected unit with loss.importance_ratio=sampler; set "
         "loss.importance_ratio=none, or the ratio is applied twice", ("loss=policy_gradient", "weight=tis")),
+    Bad("prefix_of_no_teacher", "prefix.name: got teacher; expected student or dataset, as there is no teacher; set "
+        "teacher.model and a loss", ("algorithm=sft", "prefix=teacher")),
+    Bad("prefix_of_a_privileged_teacher", "prefix.name: got teacher; expected student with context privileged, as the "
+        "teacher writes to the student's prompt; choose prefix=student or context=same_prompt",
+        ("prefix=teacher", "context=privileged", "context.text=x", "context.max_tokens=64")),
+    Bad("policy_gradient_on_the_teachers_tokens", "prefix.loss: got same; expected cross_entropy with loss "
+        "policy_gradient, as the student did not draw what prefix teacher brings; set prefix.loss=cross_entropy, or "
+        "a loss of distributions", ("prefix=teacher", "prefix.loss=same", "loss=policy_gradient")),
+    Bad("sampled_loss_on_the_data_set", "prefix.loss: got same; expected cross_entropy with loss k2",
+        ("prefix=mixed", "loss=k2")),
+    Bad("stop_rule_on_the_data_set", "stop.name: got fixed; expected default with prefix mixed, as the data set wrote "
+        "some of the responses; leave stop out, or choose prefix=student", ("prefix=mixed", "stop=fixed",
+                                                                            "stop.length=9")),
+    Bad("ratio_beside_minillm", "weight.name: got tis; expected one without an importance ratio, as loss minillm has "
+        "its own; leave the weight out", ("loss=minillm", "weight=tis")),
+    Bad("share_above_one", "prefix.on_policy_share: got 1.5; expected a value from 0 to 1; change the value",
+        ("prefix=mixed", "prefix.on_policy_share=1.5")),
     Bad("nothing_privileged", "context.field: got nothing; expected either a field of the records or one text for all; "
         "set context.field or context.text, not both", ("context=privileged", "context.max_tokens=64")),
     Bad("privileged_twice", "context.field: got a field besides context.text; expected either a field of the records "

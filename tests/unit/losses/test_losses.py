@@ -14,8 +14,11 @@ from nemo_opd.config import (
     REFUSED_LOSSES,
     SLOTS,
     CrossEntropyLoss,
+    EntropyAwareLoss,
+    EntropyWeight,
     IcePopWeight,
     JSDLoss,
+    MiniLLMLoss,
     PolicyGradientLoss,
     PrefixWeight,
     ReverseKLLoss,
@@ -24,6 +27,7 @@ from nemo_opd.config import (
     StopGradientLoss,
     TailLoss,
     TruncatedImportanceWeight,
+    TrustRegionLoss,
     UnitWeight,
 )
 from nemo_opd.errors import ConfigError
@@ -82,6 +86,16 @@ def test_unknown_names_are_refused_with_the_known_ones():
         PolicyGradientLoss(discount=1.5),
         PolicyGradientLoss(length_normalised=True),
         PolicyGradientLoss(importance_ratio="both"),
+        EntropyAwareLoss(outside="clip"),
+        EntropyAwareLoss(k=0),
+        EntropyAwareLoss(entropy_threshold=-1.0),
+        MiniLLMLoss(discount=0.0),
+        MiniLLMLoss(clip_ratio=1.0),
+        TrustRegionLoss(trust="never"),
+        TrustRegionLoss(outlier="reverse_kl"),
+        TrustRegionLoss(k=0),
+        TrustRegionLoss(outlier_clip=0.0),
+        TrustRegionLoss(importance_ratio="both"),
     ],
     ids=str,
 )
@@ -91,7 +105,15 @@ def test_impossible_parameters_are_refused(slot):
 
 
 @pytest.mark.parametrize(
-    "slot", [TruncatedImportanceWeight(clamp=0.0), IcePopWeight(low=5.0, high=1.0), PrefixWeight(gamma=-1.0)], ids=str
+    "slot",
+    [
+        TruncatedImportanceWeight(clamp=0.0),
+        IcePopWeight(low=5.0, high=1.0),
+        PrefixWeight(gamma=-1.0),
+        EntropyWeight(keep=0.0),
+        EntropyWeight(of="both"),
+    ],
+    ids=str,
 )
 def test_impossible_weights_are_refused(slot):
     with pytest.raises(ConfigError):
@@ -122,15 +144,27 @@ def test_tokens_that_were_not_drawn_keep_the_factor_one():
         assert set(metrics) == set(build_weight(slot).metric_names)
 
 
-@pytest.mark.parametrize("slot", [ReverseKLLoss(), TailLoss(k=5), PolicyGradientLoss(), CrossEntropyLoss()], ids=str)
+@pytest.mark.parametrize(
+    "slot",
+    [
+        ReverseKLLoss(),
+        TailLoss(k=5),
+        PolicyGradientLoss(),
+        CrossEntropyLoss(),
+        EntropyAwareLoss(k=5),
+        MiniLLMLoss(),
+        TrustRegionLoss(k=5, trust="expected"),
+    ],
+    ids=str,
+)
 def test_called_as_a_module_a_loss_equals_its_fused_mean(slot):
-    loss, data = build_loss(slot), make_data(Batch(lost="some"))
+    loss, data = build_loss(slot), make_data(Batch(lengths=(11,), lost="some"))
     tokens = with_payload(data, loss.needs.need, 5)
     hidden = data.hidden.clone().requires_grad_()
-    count = float(loss.component_masks(tokens)[loss.name].sum())
+    normalisers = {name: float(mask.sum()) for name, mask in loss.component_masks(tokens).items()}
     fused = fused_loss(
         loss, hidden, OutputLayer(data.weight, dense_shard(29)), OutputLayer(data.teacher_weight, dense_shard(29)),
-        tokens, {loss.name: count},
+        tokens, normalisers,
     ).loss  # fmt: skip
     ports = {"student_logits": hidden @ data.weight.T, "token_ids": tokens.ids}
     ports["sampler_logprobs"] = tokens.sampler_logprobs
@@ -144,6 +178,24 @@ def test_called_as_a_module_a_loss_equals_its_fused_mean(slot):
     assert float(module.detach()) == pytest.approx(float(fused.detach()), abs=1e-12)
     mine, theirs = (torch.autograd.grad(value, hidden)[0] for value in (module, fused))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_most_undecided_tokens_are_kept_and_make_up_for_the_others():
+    data = make_data(Batch(lengths=(10, 3, 1), lost="none"))
+    tokens = data.tokens
+    entropy = torch.tensor([3.0, 1, 2, 9, 8, 7, 6, 5, 4, 0, 1, 3, 2, 0.5], dtype=torch.float64)
+    weight = build_weight(EntropyWeight(keep=0.3))
+    factor, _ = weight.factors(SampledScores(tokens.sampler_logprobs, student_entropy=entropy), tokens)
+    kept = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1]).bool()
+    assert torch.equal(factor > 0, kept)
+    torch.testing.assert_close(factor[kept], torch.tensor([10 / 3] * 3 + [3.0, 1.0], dtype=torch.float64))
+    shuffled = torch.randperm(len(entropy), generator=torch.Generator().manual_seed(0))
+    again, _ = weight.factors(
+        SampledScores(tokens.sampler_logprobs, student_entropy=entropy[shuffled]), tokens.select(shuffled)
+    )
+    assert torch.equal(again, factor[shuffled])
+    with pytest.raises(TypeError, match="whole distribution"):
+        build_weight(EntropyWeight(of="teacher")).factors(SampledScores(tokens.sampler_logprobs), tokens)
 
 
 def test_ports_are_checked():

@@ -1,0 +1,67 @@
+"""Rules about who writes tokens and what they count: the `prefix` and `weight` slots beside the loss."""
+
+from __future__ import annotations
+
+from nemo_opd.config import (
+    Config,
+    DefaultStop,
+    EntropyWeight,
+    K2Loss,
+    MiniLLMLoss,
+    MixedPrefix,
+    PrefixWeight,
+    SamePromptContext,
+    TeacherMixedPrefix,
+    TeacherPrefix,
+)
+from nemo_opd.errors import ConfigError
+
+
+def prefix_rules(config: Config) -> None:
+    """Who writes part of the responses must exist, and its tokens get a loss that fits them."""
+    prefix, loss = config.prefix, config.loss
+    if isinstance(prefix, TeacherPrefix | TeacherMixedPrefix):
+        if config.teacher.engine == "none":
+            way_out = "set teacher.model and a loss that compares with it, or prefix=student"
+            raise ConfigError("prefix.name", prefix.name, "student or dataset, as there is no teacher", way_out)
+        if not isinstance(config.context, SamePromptContext):
+            expected = f"student with context {config.context.name}, as the teacher writes to the student's prompt"
+            raise ConfigError("prefix.name", prefix.name, expected, "choose prefix=student or context=same_prompt")
+    if isinstance(prefix, MixedPrefix) and not isinstance(config.stop, DefaultStop):
+        expected = "default with prefix mixed, as the data set wrote some of the responses"
+        raise ConfigError("stop.name", config.stop.name, expected, "leave stop out, or choose prefix=student")
+    sampled = loss.needs_sampler_logprobs or isinstance(loss, K2Loss)
+    if getattr(prefix, "loss", None) == "same" and sampled:
+        expected = f"cross_entropy with loss {loss.name}, as the student did not draw what prefix {prefix.name} brings"
+        raise ConfigError("prefix.loss", "same", expected, "set prefix.loss=cross_entropy, or a loss of distributions")
+
+
+def weight_rules(config: Config) -> None:
+    """Weights that look at more than the student need a loss that asks the teacher for it; one ratio is enough."""
+    _importance(config)
+    loss = config.loss
+    served = getattr(loss, "teacher", "full") == "scores" or getattr(loss, "outlier", "forward_kl") != "forward_kl"
+    whole = loss.reads_whole_teacher and not served
+    if isinstance(config.weight, EntropyWeight) and config.weight.of == "teacher" and not whole:
+        expected = f"student with loss {loss.name}, which does not ask for the teacher's whole distribution"
+        raise ConfigError("weight.of", "teacher", expected, "choose weight.of=student, or a loss over distributions")
+    unscored = not loss.needs_teacher or getattr(loss, "teacher", "full") == "scores"
+    if isinstance(config.weight, PrefixWeight) and unscored:
+        expected = (
+            f"unit with loss {loss.name}, as that weight needs the teacher's log-probability of every written token"
+        )
+        way_out = "choose loss=policy_gradient, k2, or one that reads the teacher's whole distribution"
+        raise ConfigError("weight.name", "prefix", expected, way_out)
+
+
+def _importance(config: Config) -> None:
+    """The ratio of trainer to sampler is applied by the loss or by the weight, not by both."""
+    if not config.weight.needs_sampler_logprobs:
+        return
+    if isinstance(config.loss, MiniLLMLoss):
+        expected = "one without an importance ratio, as loss minillm has its own"
+        raise ConfigError("weight.name", config.weight.name, expected, "leave the weight out")
+    ratio = getattr(config.loss, "importance_ratio", "none")
+    if ratio != "none":
+        way_out = "set loss.importance_ratio=none, or the ratio is applied twice"
+        raise ConfigError("weight.name", config.weight.name, f"unit with loss.importance_ratio={ratio}", way_out)
