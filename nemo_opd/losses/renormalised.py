@@ -6,26 +6,14 @@ import torch
 from torch import Tensor
 
 from nemo_opd.losses.registry import register_loss
-from nemo_opd.losses.top_k import OnSupport, TopKLoss, check_divergence, divergence_of
+from nemo_opd.losses.top_k import NormalisedTopKLoss, OnSupport
 from nemo_opd.types import TokenBatch
 
 
 @register_loss("renormalised")
-class RenormalisedTopK(TopKLoss):
+class RenormalisedTopK(NormalisedTopKLoss):
     """The divergence of p / P and q / Q on S: the conditional divergence, which moves no mass between S and the rest
     (arXiv 2605.11182). 0 where an intersection is empty."""
-
-    def __init__(
-        self,
-        k: int = 20,
-        support: str = "student",
-        teacher: str = "full",
-        divergence: str = "reverse",
-        beta: float = 0.5,
-    ) -> None:
-        super().__init__(k, support, teacher)
-        check_divergence(divergence, beta)
-        self.kind, self.beta = divergence, beta
 
     def on_support(self, both: OnSupport, tokens: TokenBatch) -> Tensor:
         some = both.inside.any(1, keepdim=True)
@@ -35,4 +23,4 @@ class RenormalisedTopK(TopKLoss):
             kept = torch.where(both.inside | ~some, log_probs, -torch.inf)
             return torch.where(both.inside, log_probs - kept.logsumexp(1, keepdim=True), 0.0)
 
-        return divergence_of(conditional(both.log_p), conditional(both.log_q), both.inside, self.kind, self.beta)
+        return self.divergence_between(conditional(both.log_p), conditional(both.log_q), both.inside)

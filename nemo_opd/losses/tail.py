@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from nemo_opd.losses.registry import register_loss
-from nemo_opd.losses.top_k import OnSupport, TopKLoss, check_divergence, divergence_of
+from nemo_opd.losses.top_k import NormalisedTopKLoss, OnSupport
 from nemo_opd.types import TokenBatch
 
 
 @register_loss("tail")
-class TailTopK(TopKLoss):
+class TailTopK(NormalisedTopKLoss):
     """The exact divergence of the (k+1)-way distributions on S and "everything else"; for reverse KL
     ``sum_S p_v A_v + p_tail log(p_tail / q_tail)`` (arXiv 2605.11182). A lower bound of the full divergence.
 
@@ -21,28 +21,12 @@ class TailTopK(TopKLoss):
 
     tail = True
 
-    def __init__(
-        self,
-        k: int = 20,
-        support: str = "student",
-        teacher: str = "full",
-        divergence: str = "reverse",
-        beta: float = 0.5,
-    ) -> None:
-        super().__init__(k, support, teacher)
-        check_divergence(divergence, beta)
-        self.kind, self.beta = divergence, beta
-
     def on_support(self, both: OnSupport, tokens: TokenBatch) -> Tensor:
         assert both.p_tail is not None and both.q_tail is not None
         # Nothing is outside a support that holds the whole vocabulary.
         rest = (both.p_tail.isfinite() & both.q_tail.isfinite()).unsqueeze(1)
         p_tail = torch.where(rest, both.p_tail.unsqueeze(1), 0.0)
         q_tail = torch.where(rest, both.q_tail.unsqueeze(1), 0.0)
-        return divergence_of(
-            torch.cat([both.log_p, p_tail], 1),
-            torch.cat([both.log_q, q_tail], 1),
-            torch.cat([both.inside, rest], 1),
-            self.kind,
-            self.beta,
+        return self.divergence_between(
+            torch.cat([both.log_p, p_tail], 1), torch.cat([both.log_q, q_tail], 1), torch.cat([both.inside, rest], 1)
         )

@@ -119,6 +119,29 @@ class TopKLoss(FewNumbersLoss):
         )
 
 
+class NormalisedTopKLoss(TopKLoss):
+    """A divergence of two distributions that are made whole in some way: reverse, forward or jsd.
+
+    Args:
+        divergence, beta: see `divergence_of`.
+    """
+
+    def __init__(
+        self,
+        k: int = 20,
+        support: str = "student",
+        teacher: str = "full",
+        divergence: str = "reverse",
+        beta: float = 0.5,
+    ) -> None:
+        super().__init__(k, support, teacher)
+        check_divergence(divergence, beta)
+        self.kind, self.beta = divergence, beta
+
+    def divergence_between(self, log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+        return divergence_of(log_p, log_q, mask, self.kind, self.beta)
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the last axis of the entries where `mask` is True; the others may hold anything finite."""
     return torch.where(mask, values, 0.0).sum(-1)
