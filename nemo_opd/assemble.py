@@ -45,6 +45,7 @@ from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
 from nemo_opd.stop.base import NoStop, StopRule
 from nemo_opd.stop.build import build_stop
 from nemo_opd.stop.divergence import FullDivergence, Measure, TailDivergence
+from nemo_opd.teacher.base import WithBase
 from nemo_opd.teacher.build import build_context
 from nemo_opd.teacher.contexts import TeacherContext
 from nemo_opd.types import Need, Sampling
@@ -156,19 +157,24 @@ def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer,
     """The teacher, when the loss needs one; its output layer goes to the ranks that compute the loss."""
     if need is Need.NOTHING:
         return None
-    model = Path(str(config.teacher.model))
-    check_same_tokens(tokenizer, load_tokenizer(model, "teacher.model"))
     teacher = config.teacher
-    if teacher.engine == "hf":
-        vocab_size = read_architecture(config.student.model).vocab_size
-        scorer: Scorer = HFScorer(
-            model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size
-        )
-    else:
-        scorer = MegatronScorer(config)
+    scorer = build_external_scorer(config, tokenizer)
     if need is Need.FULL:
-        trainer.set_teacher_output(model)
-    return scorer
+        trainer.set_teacher_output(str(teacher.model))
+    if teacher.base_model is None:
+        return scorer
+    base = replace(config, teacher=replace(teacher, model=teacher.base_model))
+    return WithBase(scorer, build_external_scorer(base, tokenizer, "teacher.base_model"))
+
+
+def build_external_scorer(config: Config, tokenizer: Tokenizer, key: str = "teacher.model") -> Scorer:
+    """The model of `teacher.model` as a scorer; `tokenizer` is the student's, `key` is for messages."""
+    teacher, model = config.teacher, Path(str(config.teacher.model))
+    check_same_tokens(tokenizer, load_tokenizer(model, key), key)
+    if teacher.engine != "hf":
+        return MegatronScorer(config)
+    vocab_size = read_architecture(config.student.model).vocab_size
+    return HFScorer(model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size)
 
 
 def build_teacher_context(config: Config, tokenizer: Tokenizer) -> TeacherContext:
@@ -273,14 +279,14 @@ def build_recorder(config: Config, state: RunState) -> Recorder:
     return Recorder(Path(config.run.dir), state.step, observe.rollouts_per_step, observe.tensorboard)
 
 
-def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer, key: str = "teacher.model") -> None:
     """Refuse a teacher that maps text to other ids than the student: its scores would be about other tokens."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
     token = next(iter(sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))))
     raise ConfigError(
-        "teacher.model",
+        key,
         f"token {token!r} with id {theirs.get(token)} (the student has {ours.get(token)})",
         "the student's token ids",
         "choose a teacher of the student's family",

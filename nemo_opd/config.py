@@ -50,6 +50,8 @@ class TeacherConfig(LayoutConfig):
     engine: str = "megatron"
     """megatron (own layout over the same processes), hf (dense, whole in every process) or none"""
     model: str | None = None
+    base_model: str | None = None
+    """The model that the teacher was trained from, in the teacher's layout and dtype; for loss extrapolated."""
     dtype: str = "bfloat16"
     micro_batch_tokens: int = 4096
     """Positions of one scoring micro-batch."""
@@ -103,6 +105,8 @@ class SlotConfig:
     """Of prefixes: True where records of the data set must hold a response."""
     needs_teacher: ClassVar[bool] = True
     """Of losses: False where no teacher is asked."""
+    needs_base: ClassVar[bool] = False
+    """Of losses: True where the teacher is compared with the model that it was trained from."""
     reads_whole_teacher: ClassVar[bool] = True
     """Of losses: False where less than the teacher's whole distribution is asked."""
     needs_sampler_logprobs: ClassVar[bool] = False
@@ -453,6 +457,23 @@ class MiniLLMLoss(SlotConfig):
 
 
 @dataclass
+class ExtrapolatedLoss(SlotConfig):
+    """Policy gradient on what the teacher gained over its base model, times more than 1 (ExOPD, arXiv 2602.12125)."""
+
+    name: str = "extrapolated"
+    reads_whole_teacher: ClassVar[bool] = False
+    needs_sampler_logprobs: ClassVar[bool] = True
+    needs_base: ClassVar[bool] = True
+    extrapolation: float = 1.25
+    """Factor on log(teacher / base); 1 is plain on-policy distillation."""
+    low_entropy: float | None = None
+    """Where the teacher's entropy, nats, is below this, the factor is at most 1; null never caps."""
+    clip_ratio: float | None = None
+    importance_ratio: str = "sampler"
+    advantage_clip: float | None = None
+
+
+@dataclass
 class UnitWeight(SlotConfig):
     """Every trained token counts once."""
 
@@ -537,6 +558,7 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
         "trust_region": TrustRegionLoss,
         "entropy_aware": EntropyAwareLoss,
         "minillm": MiniLLMLoss,
+        "extrapolated": ExtrapolatedLoss,
         "cross_entropy": CrossEntropyLoss,
     },
     "weight": {

@@ -123,6 +123,7 @@ def _tokens(
             "teacher_sampled_logprobs": score.sampled_logprobs,
             "teacher_ids": score.ids,
             "teacher_id_logprobs": score.id_logprobs,
+            "teacher_base_logprobs": score.base_logprobs,
         }
         fields |= {name: payload[trained] for name, payload in payloads.items() if payload is not None}
     return fields
@@ -155,6 +156,8 @@ def with_payload(tokens: TokenBatch, needs: TeacherNeeds, hidden: Tensor | None)
     if needs.need is Need.NOTHING or bool(tokens.teacher_valid.any()):
         return tokens
     numbers = tokens.sampler_logprobs.new_zeros(count)
+    if needs.base:
+        tokens = replace(tokens, teacher_base_logprobs=numbers)
     if needs.need is Need.FULL:
         return tokens if hidden is None else replace(tokens, teacher_hidden=hidden.new_zeros(count, hidden.shape[1]))
     if needs.need is Need.SAMPLED:

@@ -135,6 +135,8 @@ class TeacherNeeds:
     need: Need
     k: int = 0
     entropy: bool = False
+    base: bool = False
+    """log b of the sampled token besides, b the model that the teacher was trained from"""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ class ScoreRequest:
 class TeacherScores:
     """The teacher's answer for one response, aligned by response offset: row t is about response token t.
 
-    Exactly one of the payloads that the need asks for is set. `valid` is False where no score arrived; such a token is
-    removed from the loss and counted, and its payload is never read.
+    Exactly one of the payloads that the need asks for is set, and the base's where it is asked. `valid` is False where
+    no score arrived; such a token is removed from the loss and counted, and its payload is never read.
     """
 
     key: int
@@ -171,6 +173,8 @@ class TeacherScores:
     """int64 [response, k] for AT_IDS and TOP_K"""
     id_logprobs: Tensor | None = None
     """float32 [response, k], nats, at temperature 1"""
+    base_logprobs: Tensor | None = None
+    """float32 [response], nats, of the sampled token under the teacher's base model"""
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,8 @@ class TokenBatch:
     """int64 [tokens, k]"""
     teacher_id_logprobs: Tensor | None = None
     """float32 [tokens, k]"""
+    teacher_base_logprobs: Tensor | None = None
+    """float32 [tokens]"""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])

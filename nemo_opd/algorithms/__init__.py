@@ -1,6 +1,7 @@
 """Named algorithms: each a small file with its formula, its source and a record that fills the slots."""
 
 from nemo_opd.algorithms.entropy_aware_opd import ENTROPY_AWARE_OPD
+from nemo_opd.algorithms.extrapolated_opd import EXTRAPOLATED_OPD
 from nemo_opd.algorithms.gkd import GKD
 from nemo_opd.algorithms.importance_weighted_opd import IMPORTANCE_WEIGHTED_OPD
 from nemo_opd.algorithms.kat import KAT
@@ -16,6 +17,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     record.name: record
     for record in (
         ENTROPY_AWARE_OPD,
+        EXTRAPOLATED_OPD,
         GKD,
         IMPORTANCE_WEIGHTED_OPD,
         KAT,

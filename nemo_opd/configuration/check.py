@@ -101,6 +101,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.alpha": (1e-6, 1 - 1e-6),
     "loss.outlier_clip": (1e-6, math.inf),
     "loss.entropy_threshold": (0, math.inf),
+    "loss.extrapolation": (1e-6, math.inf),
+    "loss.low_entropy": (0, math.inf),
     "weight.clamp": (1e-6, math.inf),
     "weight.low": (0, math.inf),
     "weight.high": (1e-6, math.inf),
@@ -156,11 +158,9 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     _vocabulary(config, student)
     models = {"student": student}
     if config.teacher.engine != "none":
-        models["teacher"] = _teacher_model(config)
-        if models["teacher"].vocabulary < student.vocabulary:
-            got = f"a vocabulary of {models['teacher'].vocabulary}"
-            expected = f"at least the student's {student.vocabulary}"
-            raise ConfigError("teacher.model", got, expected, "use a teacher that knows every token of the student")
+        models["teacher"] = _scoring_model(config, "model", student)
+    if config.teacher.base_model is not None:
+        models["base"] = _scoring_model(config, "base_model", student)
     _lengths(config, models)
     world_size(config, environment)
 
@@ -360,11 +360,15 @@ def _data_files(config: Config) -> None:
             raise ConfigError(key, path, "a name in .jsonl or .parquet, or a folder", "convert or rename the file")
 
 
-def _teacher_model(config: Config) -> ModelSizes:
-    megatron = config.teacher.engine == "megatron"
-    sizes = read_model_sizes("teacher.model", Path(str(config.teacher.model)), convertible=megatron)
+def _scoring_model(config: Config, name: str, student: ModelSizes) -> ModelSizes:
+    """Of the teacher or its base: read, found to fit the layout and to know every token of the student."""
+    key, megatron = f"teacher.{name}", config.teacher.engine == "megatron"
+    sizes = read_model_sizes(key, Path(str(getattr(config.teacher, name))), convertible=megatron)
     if megatron:
         _layout("teacher", config.teacher, sizes)
+    if sizes.vocabulary < student.vocabulary:
+        got, expected = f"a vocabulary of {sizes.vocabulary}", f"at least the student's {student.vocabulary}"
+        raise ConfigError(key, got, expected, "use a teacher that knows every token of the student")
     return sizes
 
 

@@ -39,9 +39,10 @@ def prefix_rules(config: Config) -> None:
 def weight_rules(config: Config) -> None:
     """Weights that look at more than the student need a loss that asks the teacher for it; one ratio is enough."""
     _importance(config)
+    _base(config)
     loss = config.loss
     served = getattr(loss, "teacher", "full") == "scores" or getattr(loss, "outlier", "forward_kl") != "forward_kl"
-    whole = loss.reads_whole_teacher and not served
+    whole = (loss.reads_whole_teacher and not served) or getattr(loss, "low_entropy", None) is not None
     if isinstance(config.weight, EntropyWeight) and config.weight.of == "teacher" and not whole:
         expected = f"student with loss {loss.name}, which does not ask for the teacher's whole distribution"
         raise ConfigError("weight.of", "teacher", expected, "choose weight.of=student, or a loss over distributions")
@@ -52,6 +53,17 @@ def weight_rules(config: Config) -> None:
         )
         way_out = "choose loss=policy_gradient, k2, or one that reads the teacher's whole distribution"
         raise ConfigError("weight.name", "prefix", expected, way_out)
+
+
+def _base(config: Config) -> None:
+    """A base model is read by losses that compare the teacher with it, and by no other."""
+    loss, base = config.loss, config.teacher.base_model
+    if loss.needs_base and base is None:
+        expected = f"a model folder, as loss {loss.name} compares the teacher with the model it was trained from"
+        raise ConfigError("teacher.base_model", "nothing", expected, "set teacher.base_model, or choose another loss")
+    if base is not None and not loss.needs_base:
+        way_out = "leave it out, or choose loss=extrapolated"
+        raise ConfigError("teacher.base_model", base, f"nothing, as loss {loss.name} does not look at it", way_out)
 
 
 def _importance(config: Config) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from nemo_opd.losses import (  # noqa: F401 - they register themselves
     cross_entropy,
     entropy_aware,
+    extrapolated,
     forward_kl,
     head_plus_sample,
     jsd,

@@ -133,6 +133,7 @@ class DistillationLoss(Loss):
             "teacher_logprobs": NeuralType(per_token, LogprobsType(), optional=True),
             "teacher_ids": NeuralType(("T", "D"), LabelsType(), optional=True),
             "teacher_id_logprobs": NeuralType(("T", "D"), LogprobsType(), optional=True),
+            "teacher_base_logprobs": NeuralType(per_token, LogprobsType(), optional=True),
             "sampler_logprobs": NeuralType(per_token, LogprobsType(), optional=True),
             "advantage": NeuralType(per_token, FloatType(), optional=True),
             "mask": NeuralType(per_token, MaskType(), optional=True),
@@ -151,6 +152,7 @@ class DistillationLoss(Loss):
         teacher_logprobs: Tensor | None = None,
         teacher_ids: Tensor | None = None,
         teacher_id_logprobs: Tensor | None = None,
+        teacher_base_logprobs: Tensor | None = None,
         sampler_logprobs: Tensor | None = None,
         advantage: Tensor | None = None,
         mask: Tensor | None = None,
@@ -179,6 +181,7 @@ class DistillationLoss(Loss):
             teacher_sampled_logprobs=teacher_logprobs,
             teacher_ids=teacher_ids,
             teacher_id_logprobs=teacher_id_logprobs,
+            teacher_base_logprobs=teacher_base_logprobs,
         )
         teacher = self._teacher(student, tokens, teacher_logits)
         known = None
@@ -272,8 +275,9 @@ class SampledTokenLoss(DistillationLoss):
 def finite_scores(tokens: TokenBatch) -> Tensor:
     """bool [tokens]: every served log-probability is a number. -inf (an exact zero) and NaN are not."""
     finite = torch.ones_like(tokens.teacher_valid)
-    if tokens.teacher_sampled_logprobs is not None:
-        finite = finite & tokens.teacher_sampled_logprobs.isfinite()
+    for one in (tokens.teacher_sampled_logprobs, tokens.teacher_base_logprobs):
+        if one is not None:
+            finite = finite & one.isfinite()
     if tokens.teacher_id_logprobs is not None:
         finite = finite & tokens.teacher_id_logprobs.isfinite().all(1)
     return finite

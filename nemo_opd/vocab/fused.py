@@ -381,11 +381,11 @@ def _neutral(tokens: TokenBatch) -> TokenBatch:
     """Tokens without a (finite) teacher score get a harmless payload. They are in no component's mask, so nothing of
     it is counted; but a NaN times 0 is a NaN."""
     lost = ~tokens.teacher_valid
-    for served in (tokens.teacher_sampled_logprobs, tokens.teacher_id_logprobs):
+    for served in (tokens.teacher_sampled_logprobs, tokens.teacher_id_logprobs, tokens.teacher_base_logprobs):
         if served is not None:
             lost = lost | ~(served.isfinite() if served.ndim == 1 else served.isfinite().all(1))
     changes = {"teacher_valid": ~lost}
-    for name in ("teacher_sampled_logprobs", "teacher_id_logprobs"):
+    for name in ("teacher_sampled_logprobs", "teacher_id_logprobs", "teacher_base_logprobs"):
         if (payload := getattr(tokens, name)) is not None:
             changes[name] = payload.masked_fill(lost if payload.ndim == 1 else lost.unsqueeze(1), 0.0)
     if tokens.teacher_ids is not None:

@@ -22,6 +22,7 @@ _TOKEN_FIELDS = (
     "teacher_valid",
     "response_key",
     "teacher_sampled_logprobs",
+    "teacher_base_logprobs",
 )
 _SCORE_FIELDS = ("student", "teacher", "student_entropy", "teacher_entropy")
 

@@ -149,6 +149,17 @@ def policy_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig)
     return torch.maximum(-ratio * advantage, -clipped * advantage)
 
 
+def extrapolated(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    y_p, y_q = (_at(m.log_softmax(1), tokens.ids) for m in (z, zt))
+    y_b = _at((0.5 * zt + 0.3 * z.detach()).log_softmax(1), tokens.ids)
+    entropy = -(zt.softmax(1) * zt.log_softmax(1)).sum(1)
+    factor = torch.full_like(y_p, slot.extrapolation)
+    if slot.low_entropy is not None:
+        factor[entropy < slot.low_entropy] = min(1.0, slot.extrapolation)
+    advantage = (factor * (y_q - y_b) - (y_p - y_b)).detach()
+    return -_ratio(y_p, tokens, slot) * advantage
+
+
 def cross_entropy(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
     return torch.nn.functional.cross_entropy(z, tokens.ids, reduction="none")
 
@@ -221,7 +232,7 @@ REFERENCES: dict[str, Reference] = {
     for f in (
         reverse_kl, forward_kl, jsd, skew_forward_kl, skew_reverse_kl, stop_gradient, tail, renormalised,
         head_plus_sample, naive, k2, policy_gradient, cross_entropy, trust_region, entropy_aware,
-        minillm,
+        minillm, extrapolated,
     )
 }  # fmt: skip
 NO_TEACHER = {"cross_entropy"}

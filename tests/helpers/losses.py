@@ -129,9 +129,16 @@ def make_data(batch: Batch) -> Data:
     return Data(hidden, weight, teacher_hidden, teacher_weight, tokens)
 
 
+def base_logits(data: Data) -> Tensor:
+    """Of a model between the two, from which the teacher may have been trained."""
+    return 0.5 * data.teacher_logits + 0.3 * data.logits
+
+
 def with_payload(data: Data, need: Need, k: int) -> TokenBatch:
-    """The tokens with what a teacher answers to `need`; garbage where nothing arrived."""
+    """The tokens with what a teacher, and its base, answer to `need`; garbage where nothing arrived."""
     tokens, lost = data.tokens, ~data.tokens.teacher_valid
+    base = base_logits(data).log_softmax(1).gather(1, tokens.ids.unsqueeze(1)).squeeze(1)
+    tokens = replace(tokens, teacher_base_logprobs=base.masked_fill(lost, torch.nan))
     log_q = data.teacher_logits.log_softmax(1)
     if need == Need.NOTHING:
         return tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_opd.config import (
     CrossEntropyLoss,
     EntropyAwareLoss,
+    ExtrapolatedLoss,
     ForwardKLLoss,
     HeadPlusSampleLoss,
     JSDLoss,
@@ -49,6 +50,7 @@ LOSSES = [
     HeadPlusSampleLoss(k=K), K2Loss(), PolicyGradientLoss(), PolicyGradientLoss(clip_ratio=0.2),
     PolicyGradientLoss(advantage_clip=0.4, discount=0.9, length_normalised=True), CrossEntropyLoss(),
     TrustRegionLoss(k=K), TrustRegionLoss(k=K, trust="expected", tail=True), TrustRegionLoss(k=K, outlier="clip"),
+    ExtrapolatedLoss(), ExtrapolatedLoss(extrapolation=1.0, low_entropy=2.0),
     EntropyAwareLoss(k=K, entropy_threshold=2.0), MiniLLMLoss(), EntropyAwareLoss(k=K, outside="renormalised"),
 ]  # fmt: skip
 
@@ -70,11 +72,13 @@ def one_token_each(vocab: int, log_mu: Tensor) -> TokenBatch:
     )  # fmt: skip
 
 
-def expected_gradient(loss: DistillationLoss, z: Tensor, zt: Tensor, mu: Tensor | None = None) -> Tensor:
+def expected_gradient(
+    loss: DistillationLoss, z: Tensor, zt: Tensor, mu: Tensor | None = None, tokens: TokenBatch | None = None
+) -> Tensor:
     """sum over y of mu_y times the logit gradient of the loss when y was written; mu is the student by default."""
     vocab = len(z)
     mu = z.softmax(0) if mu is None else mu
-    tokens = one_token_each(vocab, mu.log())
+    tokens = tokens or one_token_each(vocab, mu.log())
     logits = z.expand(vocab, vocab).clone().requires_grad_()
     student, teacher = LogitsView(logits), LogitsView(zt.expand(vocab, vocab).contiguous())
     entropies = [view.detach().entropy() for view in (student, teacher)]
@@ -132,6 +136,21 @@ def test_the_reward_is_the_trainers_log_probability_not_the_samplers():
     loss = build_loss(PolicyGradientLoss())
     advantage = loss.prepare(scores, one_token_each(VOCAB, two_models(7)[0].log_softmax(0)))
     assert torch.equal(advantage, zt.log_softmax(0) - z.log_softmax(0))
+
+
+def test_extrapolation_moves_towards_the_teacher_raised_above_its_base():
+    """Expected gradient of KL(p || q^l b^(1-l) / Z), l = 1.25; l = 1 is plain distillation."""
+    (z, zt), (zb, _) = two_models(), two_models(8)
+    tokens = replace(one_token_each(VOCAB, z.log_softmax(0)), teacher_base_logprobs=zb.log_softmax(0))
+    for extrapolation in (1.0, 1.25):
+        loss = build_loss(ExtrapolatedLoss(extrapolation=extrapolation))
+        target = extrapolation * zt.log_softmax(0) + (1 - extrapolation) * zb.log_softmax(0)
+        got = expected_gradient(loss, z, zt, tokens=tokens)
+        torch.testing.assert_close(got, exact_gradient(z, target), rtol=0, atol=1e-14)
+    entropy = float(-(zt.softmax(0) * zt.log_softmax(0)).sum())
+    capped = build_loss(ExtrapolatedLoss(low_entropy=entropy + 0.1))
+    got = expected_gradient(capped, z, zt, tokens=tokens)
+    torch.testing.assert_close(got, exact_gradient(z, zt), rtol=0, atol=1e-14)
 
 
 def test_a_distribution_level_value_as_advantage_has_no_expected_gradient():

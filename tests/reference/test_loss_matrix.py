@@ -16,6 +16,7 @@ from nemo_opd.config import (
     CrossEntropyLoss,
     EntropyAwareLoss,
     EntropyWeight,
+    ExtrapolatedLoss,
     ForwardKLLoss,
     HeadPlusSampleLoss,
     IcePopWeight,
@@ -72,6 +73,8 @@ LOSSES = [
     TrustRegionLoss(k=K, outlier="clip", trust="expected"),
     EntropyAwareLoss(k=K, entropy_threshold=2.5),
     EntropyAwareLoss(k=K, entropy_threshold=2.5, outside="renormalised", importance_ratio="none"),
+    ExtrapolatedLoss(),
+    ExtrapolatedLoss(extrapolation=1.5, low_entropy=2.5, importance_ratio="none"),
     MiniLLMLoss(),
     MiniLLMLoss(discount=0.9, length_normalised=False, clip_ratio=None),
 ]

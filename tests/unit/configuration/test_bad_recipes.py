@@ -69,9 +69,9 @@ CASES = [
     Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, ", ("loss=reverse_kll",)),
     Bad("refused_loss", "loss.name: got k1; expected a loss with a gradient; that of log p - log q on sampled tokens "
         "is zero in expectation; use policy_gradient or k2", ("loss=k1",)),
-    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of entropy_aware_opd, gkd, "
-        "importance_weighted_opd, kat, minillm, opd, policy_gradient_opd, reopold, sft, trust_region; did you mean "
-        "`sft`?", new="algorithm: sfft\n"),
+    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of entropy_aware_opd, "
+        "extrapolated_opd, gkd, importance_weighted_opd, kat, minillm, opd, policy_gradient_opd, reopold, sft, "
+        "trust_region; did you mean `sft`?", new="algorithm: sfft\n"),
     Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
         ("loss.clip_ratio=0.2",)),
     # values
@@ -132,6 +132,14 @@ CASES = [
         "reads the teacher's whole distribution", ("algorithm=sft", "weight=prefix")),
     Bad("prefix_weight_with_few_scores", "weight.name: got prefix; expected unit with loss tail",
         ("loss=tail", "loss.teacher=scores", "loss.support=teacher", "weight=prefix")),
+    Bad("no_base", "teacher.base_model: got nothing; expected a model folder, as loss extrapolated compares the "
+        "teacher with the model it was trained from; set teacher.base_model, or choose another loss",
+        ("loss=extrapolated",)),
+    Bad("base_that_nothing_reads", "teacher.base_model: got student; expected nothing, as loss reverse_kl does not "
+        "look at it; leave it out, or choose loss=extrapolated", ("teacher.base_model=student",)),
+    Bad("base_with_fewer_tokens", "teacher.base_model: got a vocabulary of 95; expected at least the student's 96",
+        ("loss=extrapolated", "teacher.base_model=small"),
+        prepare=lambda folder: write_model(folder / "small", vocab_size=95)),
     Bad("entropy_of_a_teacher_that_is_not_asked", "weight.of: got teacher; expected student with loss policy_gradient, "
         "which does not ask for the teacher's whole distribution; choose weight.of=student, or a loss over",
         ("loss=policy_gradient", "weight=entropy", "weight.of=teacher")),

@@ -16,6 +16,7 @@ from nemo_opd.config import (
     CrossEntropyLoss,
     EntropyAwareLoss,
     EntropyWeight,
+    ExtrapolatedLoss,
     IcePopWeight,
     JSDLoss,
     MiniLLMLoss,
@@ -86,6 +87,8 @@ def test_unknown_names_are_refused_with_the_known_ones():
         PolicyGradientLoss(discount=1.5),
         PolicyGradientLoss(length_normalised=True),
         PolicyGradientLoss(importance_ratio="both"),
+        ExtrapolatedLoss(extrapolation=0.0),
+        ExtrapolatedLoss(low_entropy=-1.0),
         EntropyAwareLoss(outside="clip"),
         EntropyAwareLoss(k=0),
         EntropyAwareLoss(entropy_threshold=-1.0),
@@ -154,6 +157,7 @@ def test_tokens_that_were_not_drawn_keep_the_factor_one():
         EntropyAwareLoss(k=5),
         MiniLLMLoss(),
         TrustRegionLoss(k=5, trust="expected"),
+        ExtrapolatedLoss(),
     ],
     ids=str,
 )
@@ -172,6 +176,8 @@ def test_called_as_a_module_a_loss_equals_its_fused_mean(slot):
         ports["teacher_logits"] = data.teacher_logits
     if loss.needs.need == Need.SAMPLED:
         ports["teacher_logprobs"] = tokens.teacher_sampled_logprobs.nan_to_num(-1.0)
+    if loss.needs.base:
+        ports["teacher_base_logprobs"] = tokens.teacher_base_logprobs.nan_to_num(-1.0)
     if loss.needs.need != Need.NOTHING:
         ports["mask"] = tokens.teacher_valid
     module = loss(**ports)
