@@ -73,13 +73,20 @@ def pack(
                 [rollouts[i] for i in chosen],
                 [scores.get(keys[i]) for i in chosen],
                 [advantages[i] for i in chosen],
+                tuple(keys[i] for i in chosen),
                 seed,
             )
         )
     return tuple(rows) or (_empty_row(),)
 
 
-def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages: list[float], seed: int) -> PackedRow:
+def _row(
+    rollouts: list[Rollout],
+    scores: list[TeacherScores | None],
+    advantages: list[float],
+    keys: tuple[int, ...],
+    seed: int,
+) -> PackedRow:
     inputs, positions, bounds = [], [], [0]
     tokens: list[dict[str, Tensor]] = []
     for number, (rollout, score, advantage) in enumerate(zip(rollouts, scores, advantages, strict=True)):
@@ -96,6 +103,7 @@ def _row(rollouts: list[Rollout], scores: list[TeacherScores | None], advantages
         position_ids=torch.cat(positions),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         tokens=TokenBatch(**{name: torch.cat([t[name] for t in tokens]) for name in tokens[0]}),
+        keys=keys,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -246,6 +246,12 @@ class PackedRow:
     cu_seqlens: Tensor
     """int32 [sequences + 1], bounds of the sequences in the row"""
     tokens: TokenBatch
+    keys: tuple[int, ...] = ()
+    """Position of each sequence's rollout in the step's global list"""
+
+
+TOKEN_SCORES = ("teacher_logprob", "sampled_kl", "kl", "student_entropy", "weight")
+"""Metrics of a loss that are also kept token by token, as far as it reports them."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,9 @@ class TrainStats:
     """True when the optimizer refused the step (non-finite gradients)."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """This rank's wall time by part: ``forward_backward`` (gradient reduction included) and ``optimizer``."""
+    token_scores: Sequence[Mapping[str, Tensor]] = ()
+    """Of this rank's replica alone, on the ranks that compute its loss: for each row of the batch, by name those of
+    `TOKEN_SCORES` that were measured, float32 [tokens] on the trainer's device, NaN where a token does not count."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,19 @@ from torch import Tensor
 from nemo_opd.types import Need, TokenBatch
 from nemo_opd.vocab.collectives import Pending
 from nemo_opd.vocab.objective import Objective, SampledScores, Weighting
+from nemo_opd.vocab.overlap import OVERLAP, is_measurable
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.shard import VocabShard
 from nemo_opd.vocab.statistics import Scratch, Statistics
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """By name: detached values [tokens], and bool [tokens] where they count."""
+
+IMPORTANCE_BOUNDS = (0.5, 2.0)
+"""Outside of these an importance ratio counts as out of bounds, unless the weight has bounds of its own and reports
+its own `importance_out_of_bounds`. 2 is where truncated importance sampling cuts by default."""
+POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)
+"""Response offsets at which the buckets of `teacher_logprob_from_*` begin."""
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Chunk:
     scale: float
     gradient: bool
     scratch: Scratch
+    picked: Tensor
+    """int64 [any], the tokens on which the overlap of top sets is measured"""
 
     def weights(self, scores: SampledScores) -> tuple[dict[str, Tensor], Metrics]:
         """For each component the factor of every token's loss (mask x weight), and the weight's metrics."""
@@ -96,33 +105,47 @@ Method = Generator[Pending, None, ChunkResult]
 the caller can do something else meanwhile."""
 
 
-def always_measured(need: Need) -> tuple[str, ...]:
+def always_measured(objective: Objective) -> tuple[str, ...]:
     """Metrics that every loss reports, by what its teacher answers."""
-    names = ["student_entropy", "importance_ratio"]
+    need = objective.needs.need
+    names = ["student_entropy", "importance_ratio", "importance_out_of_bounds"]
     if need in (Need.SAMPLED, Need.FULL):
-        names.append("sampled_kl")
+        names += ["sampled_kl", "teacher_logprob", *(f"teacher_logprob_from_{start}" for start in POSITIONS)]
     if need == Need.FULL:
         names += ["kl", "teacher_entropy"]
+    if is_measurable(objective):
+        names.append(OVERLAP)
     return tuple(names)
 
 
 def standard_metrics(scores: SampledScores, kl: Tensor | None, tokens: TokenBatch) -> Metrics:
     """The always-on metrics of a chunk: `kl` is KL(p || q) where the whole teacher is known, `sampled_kl` its
-    one-sample estimate log p(y) - log q(y), `importance_ratio` p(y) over the sampler's probability."""
+    one-sample estimate log p(y) - log q(y), `teacher_logprob` is log q(y), `importance_ratio` p(y) over the sampler's
+    probability and `importance_out_of_bounds` 1 where that is outside `IMPORTANCE_BOUNDS`."""
     everywhere = torch.ones_like(tokens.teacher_valid)
     drawn = torch.isfinite(tokens.sampler_logprobs)
+    ratio = torch.where(drawn, (scores.student - tokens.sampler_logprobs).exp(), 0.0)
+    low, high = IMPORTANCE_BOUNDS
     found: Metrics = {
-        "importance_ratio": (
-            torch.where(drawn, (scores.student - tokens.sampler_logprobs).exp(), 0.0),
-            drawn,
-        )
+        "importance_ratio": (ratio, drawn),
+        "importance_out_of_bounds": (((ratio < low) | (ratio > high)).to(ratio.dtype), drawn),
     }
     if scores.student_entropy is not None:
         found["student_entropy"] = (scores.student_entropy, everywhere)
     if scores.teacher is not None:
         known = tokens.teacher_valid & torch.isfinite(scores.teacher)
         found["sampled_kl"] = (torch.where(known, scores.student - scores.teacher, 0.0), known)
+        found["teacher_logprob"] = (scores.teacher, known)
     if kl is not None and scores.teacher_entropy is not None:
         found["kl"] = (kl, tokens.teacher_valid)
         found["teacher_entropy"] = (scores.teacher_entropy, tokens.teacher_valid)
     return found
+
+
+def by_position(teacher_logprob: Tensor, offset: Tensor) -> Metrics:
+    """`teacher_logprob` [tokens] (NaN where it is not known) by the response offset of the token."""
+    known, starts = ~teacher_logprob.isnan(), torch.tensor(POSITIONS, device=offset.device)
+    bucket = torch.bucketize(offset, starts, right=True) - 1
+    return {
+        f"teacher_logprob_from_{start}": (teacher_logprob, known & (bucket == i)) for i, start in enumerate(POSITIONS)
+    }

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_opd.types import Need, TokenBatch
+from nemo_opd.types import TOKEN_SCORES, Need, TokenBatch
 from nemo_opd.vocab import collectives
-from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, always_measured
+from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, always_measured, by_position
 from nemo_opd.vocab.divergence import divergence_chunk
 from nemo_opd.vocab.generic import generic_chunk
 from nemo_opd.vocab.objective import Objective, Part, SampledScores, Weighting
 from nemo_opd.vocab.output import OutputLayer, WeightGradient, hidden_gradient, logits_into
+from nemo_opd.vocab.overlap import picked_tokens
 from nemo_opd.vocab.reduced import reduced_chunk
 from nemo_opd.vocab.row import gather_row
 from nemo_opd.vocab.statistics import Scratch, Statistics, combine, local_statistics
@@ -44,6 +45,9 @@ class FusedLoss:
     sums: Mapping[str, Tensor]
     """Detached float64 [2] = (sum, count) per component (weighted, before its normaliser) and per metric; the same
     names on every rank, tokens or not."""
+    tokens: Mapping[str, Tensor]
+    """Float32 [tokens], by name, those of `TOKEN_SCORES` that the loss and its weight report; NaN where they do not
+    count."""
 
 
 def fused_loss(
@@ -102,7 +106,7 @@ def fused_loss(
         value = _Fused.apply(hidden, output.weight, job)
     else:
         value = job.run(hidden.detach(), None, None)
-    return FusedLoss(value, job.sums)
+    return FusedLoss(value, job.sums, job.kept)
 
 
 def _sum_of_parts(
@@ -116,6 +120,7 @@ def _sum_of_parts(
     """Each part on its own tokens, so that each keeps its hand-written backward; no token's logits are made twice."""
     total = torch.zeros((), device=hidden.device)
     sums: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     for part in parts:
         mine = part.members(tokens).nonzero().squeeze(1)
         found = compute(
@@ -127,7 +132,9 @@ def _sum_of_parts(
         )
         total = total + found.loss
         sums |= {part.label + name: value for name, value in found.sums.items()}
-    return FusedLoss(total, sums)
+        for name, values in found.tokens.items():
+            kept.setdefault(name, values.new_full((len(tokens),), torch.nan))[mine] = values
+    return FusedLoss(total, sums, kept)
 
 
 def _check(
@@ -200,10 +207,12 @@ class _Job:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        names = [*self.loss.components, *always_measured(self.loss.needs.need), *self.loss.metric_names]
+        names = [*self.loss.components, *always_measured(self.loss), *self.loss.metric_names]
         names += list(self.weight.metric_names) if self.weight is not None else []
-        device = self.tokens.ids.device
+        count, device = len(self.tokens), self.tokens.ids.device
         self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
+        self.kept = {name: torch.full((count,), torch.nan, device=device) for name in TOKEN_SCORES if name in self.sums}
+        self.picked = picked_tokens(self.loss, self.tokens, range(0, count, self.chunk_tokens))
 
     def run(self, hidden: Tensor, dhidden: Tensor | None, dweight: WeightGradient | None) -> Tensor:
         """Pass over the chunks; fills `dhidden`, `dweight` and `self.sums`; returns the loss."""
@@ -211,7 +220,7 @@ class _Job:
             self._count(self.loss.token_metrics(self.tokens))
             travelling: list[tuple[slice, collectives.Pending]] = []
             for part, result in self._results(hidden, gradient=dhidden is not None or dweight is not None):
-                self._tally(result)
+                self._tally(part, result)
                 if result.dlogits is None:
                     continue
                 if dweight is not None:
@@ -225,6 +234,8 @@ class _Job:
                         travelling.append((part, pending))
             for _, pending in travelling:
                 pending.wait()
+            if "teacher_logprob" in self.kept:
+                self._count(by_position(self.kept["teacher_logprob"], self.tokens.offset))
             value = hidden.new_zeros((), dtype=self.output.logits_dtype)
             for name in self.loss.components:
                 value += (self.sums[name][0] / self.normalisers[name]).to(value.dtype)
@@ -291,6 +302,7 @@ class _Job:
             scale=self.scale,
             gradient=gradient,
             scratch=buffers.scratch,
+            picked=self.picked[part.start // self.chunk_tokens],
         )
 
     def _whole_row(self, hidden: Tensor) -> _WholeRow:
@@ -314,7 +326,9 @@ class _Job:
         if weight is not None:
             factors, metrics = weight.factors(scores, tokens)
             factors = factors[mine]
-            self._count({name: (values[mine], where[mine]) for name, (values, where) in metrics.items()})
+            mine_alone = {name: (values[mine], where[mine]) for name, (values, where) in metrics.items()}
+            self._keep(slice(0, len(self.tokens)), mine_alone)
+            self._count(mine_alone)
         return _WholeRow(factors, None if prepared is None else prepared[mine])
 
     def _row_scores(self, found: list[Statistics]) -> SampledScores:
@@ -336,12 +350,19 @@ class _Job:
             self.sums[name][0] += torch.where(where, values, 0.0).sum(dtype=torch.float64)
             self.sums[name][1] += where.sum()
 
-    def _tally(self, result: ChunkResult) -> None:
+    def _keep(self, part: slice, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, kept in self.kept.items():
+            if name in metrics:
+                values, where = metrics[name]
+                kept[part] = torch.where(where, values, torch.nan)
+
+    def _tally(self, part: slice, result: ChunkResult) -> None:
         for name, loss in result.losses.items():
             # Where, not times: a token that does not count may hold anything.
             mask = result.masks[name]
             self.sums[name][0] += torch.where(mask, result.weights[name] * loss, 0.0).sum(dtype=torch.float64)
             self.sums[name][1] += mask.sum()
+        self._keep(part, result.metrics)
         self._count(result.metrics)
 
 

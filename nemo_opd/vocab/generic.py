@@ -10,6 +10,7 @@ from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
 from nemo_opd.vocab.logits import LogitsView
 from nemo_opd.vocab.objective import Evaluation
+from nemo_opd.vocab.overlap import overlap_of_views
 from nemo_opd.vocab.partial import PartialView
 from nemo_opd.vocab.statistics import combine, local_statistics
 
@@ -37,11 +38,12 @@ def generic_chunk(chunk: Chunk) -> Method:
         evaluation = chunk.objective.evaluate(student, teacher, chunk.tokens, chunk.constants(scores))
         dlogits = _gradient(chunk, evaluation, weights)
     chunk.student.requires_grad_(False)
+    overlap = overlap_of_views(chunk.objective, student.detach(), teacher, chunk.tokens, chunk.picked)
     return ChunkResult(
         losses={name: loss.detach() for name, loss in evaluation.losses.items()},
         weights=weights,
         masks=chunk.masks,
-        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **metrics, **evaluation.metrics},
+        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **overlap, **metrics, **evaluation.metrics},
         dlogits=dlogits,
     )
 

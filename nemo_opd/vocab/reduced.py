@@ -8,7 +8,8 @@ written token: k + 2 numbers, the same on all ranks. Autograd runs on these numb
 
 written in place over the student's logits. Collectives in forward: 1 for the statistics of both models together with
 the candidates of top-k and the logits at given ids, 1 more when the tail is needed. Backward adds none. The largest
-message has ``8 + 2 k (1 + 2 rankings)`` numbers per token, never the vocabulary.
+message has ``8 + 2 k (1 + 2 rankings)`` numbers per token, and k more for a sixteenth of them (`overlap`), never the
+vocabulary.
 
 The mass of the tail is a logsumexp with S left out, not ``log(1 - mass)``: it keeps its precision however small it is.
 """
@@ -22,9 +23,18 @@ from torch import Tensor
 
 from nemo_opd.types import Need
 from nemo_opd.vocab import collectives
-from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
+from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, Metrics, standard_metrics
 from nemo_opd.vocab.kernels import kernels_for
 from nemo_opd.vocab.logits import local_topk
+from nemo_opd.vocab.overlap import (
+    KNOWN,
+    OTHER,
+    is_measurable,
+    least_of_top,
+    overlap_above,
+    overlap_of_support,
+    pack_top,
+)
 from nemo_opd.vocab.shard import VocabShard
 from nemo_opd.vocab.statistics import Statistics, blocked_logsumexp, combine, local_statistics, row_blocks
 from nemo_opd.vocab.support import FewLogProbs, FewNumbers, Support, choose
@@ -39,6 +49,7 @@ def reduced_chunk(chunk: Chunk, spec: FewNumbers) -> Method:
     pending = collectives.start_gather(packed.tensor, chunk.shard.group)
     yield pending
     found, support, at_ids = packed.unpack(pending.wait(), chunk)
+    overlap = packed.overlap(pending.wait(), chunk, support, at_ids)
     tails: tuple[Tensor | None, Tensor | None] = (None, None)
     if spec.tail:
         assert support is not None
@@ -63,7 +74,7 @@ def reduced_chunk(chunk: Chunk, spec: FewNumbers) -> Method:
         losses={name: loss.detach() for name, loss in evaluation.losses.items()},
         weights=weights,
         masks=chunk.masks,
-        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **metrics, **evaluation.metrics},
+        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **overlap, **metrics, **evaluation.metrics},
         dlogits=chunk.student if chunk.gradient else None,
     )
 
@@ -82,6 +93,8 @@ class _Packed:
     """Rows of `tensor` that are statistics."""
 
     choice: str
+    other: int
+    """Last rows of `tensor`, with the k largest logits of the model whose top set is not asked for otherwise."""
 
     def unpack(self, gathered: Tensor, chunk: Chunk) -> tuple[Statistics, Support | None, tuple[Tensor, Tensor | None]]:
         """(statistics, support, logits of student and teacher on it) from [ranks, numbers, tokens]."""
@@ -100,6 +113,21 @@ class _Packed:
             return found, None, (found.student_written.new_empty(0), None)
         support, logits = choose(self.choice, tops, served, given_logits)
         return found, support, (logits[0], logits[1] if models == 2 else None)
+
+    def overlap(
+        self, gathered: Tensor, chunk: Chunk, support: Support | None, at_ids: tuple[Tensor, Tensor | None]
+    ) -> Metrics:
+        """The overlap of both models' top sets, as far as it is known."""
+        if support is None or not is_measurable(chunk.objective):
+            return {}
+        if self.choice in KNOWN:
+            return overlap_of_support(self.choice, self.k, support, chunk.tokens)
+        if not self.other:
+            return {}
+        logits = at_ids[1] if OTHER[self.choice] == "teacher" else at_ids[0]
+        assert logits is not None
+        least = least_of_top(gathered[:, -self.other :], len(chunk.picked), self.k)
+        return overlap_above(least, logits, support, chunk.tokens, chunk.picked)
 
 
 def _merge(candidates: Tensor, by_teacher: bool, k: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +151,14 @@ def _pack(chunk: Chunk, spec: FewNumbers) -> _Packed:
         _, ids = local_topk(chooser, spec.k, chunk.shard)
         parts.append(ids.t().to(fields.dtype))
         parts += [_at_columns(logits, ids, chunk.shard, -torch.inf).t() for logits in models]
-    return _Packed(torch.cat(parts), given, spec.rankings, spec.k, fields.shape[0], spec.choice)
+    other = None
+    if spec.choice in OTHER and is_measurable(chunk.objective) and len(chunk.picked):
+        logits = chunk.teacher if OTHER[spec.choice] == "teacher" else chunk.student
+        assert logits is not None
+        other = pack_top(logits[chunk.picked], spec.k, chunk.shard, fields.shape[1])
+        parts.append(other)
+    rows = 0 if other is None else other.shape[0]
+    return _Packed(torch.cat(parts), given, spec.rankings, spec.k, fields.shape[0], spec.choice, rows)
 
 
 def _at_columns(logits: Tensor, ids: Tensor, shard: VocabShard, elsewhere: float = 0.0) -> Tensor:

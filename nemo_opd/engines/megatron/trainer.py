@@ -102,7 +102,8 @@ class MegatronTrainer:
     def train_step(self, batch: TrainBatch) -> TrainStats:
         """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
         begin = time.perf_counter()
-        means = self._global_means(self._accumulate(batch))  # reads values back, so the device is done by here
+        sums, token_scores = self._accumulate(batch)
+        means = self._global_means(sums)  # reads values back, so the device is done by here
         accumulated = time.perf_counter()
         self._schedule.step(1)
         grad_norm, skipped = update(self._optimizer)
@@ -113,6 +114,7 @@ class MegatronTrainer:
             learning_rate=float(get_canonical_lr_for_logging(self._optimizer.param_groups) or 0.0),
             skipped=skipped,
             seconds={"forward_backward": accumulated - begin, "optimizer": time.perf_counter() - accumulated},
+            token_scores=token_scores,
         )
 
     def gradients(self, batch: TrainBatch) -> Iterator[NamedTensor]:
@@ -135,12 +137,13 @@ class MegatronTrainer:
         """See `Trainer.load`."""
         checkpoint.load(folder, self.model, self._optimizer, self._schedule)
 
-    def _accumulate(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """Leave the batch's reduced gradient in the buffers; return the replica's sums (none before the last stage)."""
+    def _accumulate(self, batch: TrainBatch) -> tuple[dict[str, Tensor], list[Mapping[str, Tensor]]]:
+        """Leave the batch's reduced gradient in the buffers; return the replica's sums and each row's token scores
+        (none before the last stage)."""
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         forward_backward = get_forward_backward_func()
-        per_row: list[Sums] = forward_backward(
+        per_row: list[tuple[Sums, Mapping[str, Tensor]]] = forward_backward(
             forward_step_func=partial(self._forward_step, batch.normalisers),
             data_iterator=iter(batch.rows),
             model=[self._ddp],
@@ -148,7 +151,9 @@ class MegatronTrainer:
             seq_length=1,  # with variable_seq_lengths stages tell each other the shape
             micro_batch_size=1,
         )
-        return {name: torch.stack([sums[name] for sums in per_row]).sum(0) for name in (per_row[0] if per_row else ())}
+        names = per_row[0][0] if per_row else ()
+        sums = {name: torch.stack([row[name] for row, _ in per_row]).sum(0) for name in names}
+        return sums, [token_scores for _, token_scores in per_row]
 
     def _forward_step(
         self, normalisers: Mapping[str, float], rows: Iterator[PackedRow], model: DistributedDataParallel
@@ -160,8 +165,8 @@ class MegatronTrainer:
 
     def _row_loss(
         self, row: PackedRow, normalisers: Mapping[str, float], output: Tensor
-    ) -> tuple[Tensor, Tensor, Sums]:
-        """(loss, token count that nobody divides by, sums), the three-tuple of `calculate_per_token_loss`."""
+    ) -> tuple[Tensor, Tensor, tuple[Sums, Mapping[str, Tensor]]]:
+        """(loss, token count that nobody divides by, (sums, token scores)), as `calculate_per_token_loss` wants it."""
         teacher_weight = None if self._teacher_output is None else self._teacher_output.weight
         tokens = with_payload(row.tokens, self._loss.needs, teacher_weight).to(output.device)
         fused = fused_loss(
@@ -175,7 +180,7 @@ class MegatronTrainer:
             self._config.train.loss_chunk_tokens,
             reduce_hidden=not self.model.config.sequence_parallel,  # otherwise `last_hidden` sums in backward
         )
-        return fused.loss, torch.zeros((), dtype=torch.int, device=output.device), fused.sums
+        return fused.loss, torch.zeros((), dtype=torch.int, device=output.device), (fused.sums, fused.tokens)
 
     def _global_means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over all replicas on every rank; a name without any token is left out (there is no mean of nothing).
