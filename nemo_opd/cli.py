@@ -1,4 +1,4 @@
-"""`nemo-opd`: train, evaluate, export, make data.
+"""`nemo-opd`: train, evaluate, export, report, make data.
 
 Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
 """
@@ -32,10 +32,12 @@ then, with the models and data that it made:
   nemo-opd train recipes/quickstart/distil.yaml run.dir=runs/mine train.steps=50
   nemo-opd eval runs/mine --data runs/quickstart/data/heldout.jsonl
   nemo-opd export runs/mine runs/student
+  nemo-opd report runs/mine
 
 exit codes:
   0    done
   2    a setting or an argument that cannot work; one line on stderr says what to change
+  65   stopped by the diagnosis, with a checkpoint; outcome.json in the run folder has the reason
   70   failed; outcome.json in the run folder has the reason
   75   stopped on request, with a checkpoint: run the same command again to go on
   130  interrupted at once (second Ctrl-C)
@@ -81,6 +83,15 @@ examples:
   nemo-opd export runs/distil/checkpoints/step-00000100 models/student-100
 
 Writes safetensors, config.json and tokenizer with Hugging Face names; load it with transformers or vLLM.
+"""
+
+_REPORT = """
+examples:
+  nemo-opd report runs/distil                            writes runs/distil/report.html
+  nemo-opd report runs/a runs/b --out compare.html       several runs over each other
+
+One HTML page that loads nothing: how each run ended, what the diagnosis said, curves of every metric, and saved
+responses with their tokens coloured by KL, log-probability or weight. Works while a run is going on.
 """
 
 _DATA = """
@@ -129,6 +140,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     _add_train(_verb(verbs, "train", "train a student, or go on with a run", _TRAIN))
     _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
     _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
+    _add_report(_verb(verbs, "report", "one HTML page about runs", _REPORT))
     _add_data(_verb(verbs, "data", "make problems, a tokenizer and untrained models", _DATA), fill=verb == "data")
     return parser
 
@@ -173,6 +185,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="DIR", type=Path, help="new or empty folder")
     _add_overrides(parser, "settings that win over the run's")
     parser.set_defaults(run=_export)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: report.html in the first run)")
+    parser.add_argument(
+        "--rollout-steps", metavar="N", type=int, default=8, help="steps whose rollouts it shows (default %(default)s)"
+    )
+    parser.set_defaults(run=_report)
 
 
 def _add_data(parser: argparse.ArgumentParser, *, fill: bool) -> None:
@@ -233,6 +254,12 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_opd import export
 
     return export.main(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nemo_opd.report import command
+
+    return command.main(args)
 
 
 def _refuse_wrong_overrides(args: argparse.Namespace) -> Config:
