@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from nemo_opd.config import (
     TrapStop,
 )
 from nemo_opd.configuration.load import to_yaml
+from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.mixed import TeacherMixedGenerator
 from nemo_opd.engines.hf.scorer import HFScorer
@@ -93,9 +95,10 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         trainer=trainer,
         generator=generator,
         evaluation=build_evaluation(config, tokenizer),
+        diagnosis=Diagnosis(config.diagnose, state.diagnosis),
         store=store,
         stop=stop,
-        recorder=build_recorder(config, state) if processes.is_first else None,
+        recorder=build_recorder(config, state, tokenizer) if processes.is_first else None,
         state=state,
         started_at=state.step,
         stateful=stateful,
@@ -274,9 +277,9 @@ def build_evaluation(config: Config, tokenizer: Tokenizer) -> Evaluation | None:
     return Evaluation(problems, sampling, evaluate.samples_per_prompt, verifier, config.run.seed)
 
 
-def build_recorder(config: Config, state: RunState) -> Recorder:
-    observe = config.observe
-    return Recorder(Path(config.run.dir), state.step, observe.rollouts_per_step, observe.tensorboard)
+def build_recorder(config: Config, state: RunState, tokenizer: Tokenizer) -> Recorder:
+    observe, piece = config.observe, functools.cache(lambda token: tokenizer.decode([token]))
+    return Recorder(Path(config.run.dir), state.step, observe.rollouts_per_step, observe.tensorboard, piece)
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, key: str = "teacher.model") -> None:

@@ -676,8 +676,57 @@ class ObserveConfig:
 
     rollouts_per_step: int = 4
     """Rollouts written to rollouts/*.jsonl each step."""
+    token_scores: int = 10
+    """On the first step and every so many after it these come with their tokens: text, author, log-probabilities of
+    sampler and teacher, KL, entropy, as far as the loss knows them; 0: never."""
     tensorboard: bool = True
     progress: bool = True
+
+
+@dataclass
+class SignConfig:
+    """One sign that a run goes wrong."""
+
+    action: str = "warn"
+    """ignore; warn; or stop: save a checkpoint and end the run"""
+    threshold: float = MISSING
+
+
+@dataclass
+class DiagnoseConfig:
+    """Signs that a run goes wrong, what is measured for each, and what is done about it; see docs/diagnosis.md."""
+
+    window: int = 20
+    """Steps that a rule looks at: the last so many, and the run's first so many to compare them with."""
+    warmup_steps: int = 50
+    """Steps before anything is compared with the run's start."""
+    repeat_every: int = 100
+    """A sign that holds on is said again after so many steps."""
+    stop: bool = True
+    """False: a sign whose action is stop only warns."""
+    length_inflation: SignConfig = field(default_factory=lambda: SignConfig("warn", 3.0))
+    """Growth of the response length, where it gains nothing."""
+    repetition: SignConfig = field(default_factory=lambda: SignConfig("stop", 0.5))
+    """Share of the distinct 3-grams of the start that now repeat."""
+    entropy_collapse: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.1))
+    """Student's entropy over the lesser of its own and its teacher's at the start, from above."""
+    mass_collapse: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.5))
+    """Student's or teacher's mass on the support over that at the start, from above."""
+    truncation: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.5))
+    """Share of the responses that ended at the start and are now cut off."""
+    agreement_trap: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.5))
+    """KL over that at the start, from above, while reward falls or repetition rises (arXiv 2606.09471)."""
+    divergence: SignConfig = field(default_factory=lambda: SignConfig("stop", 10.0))
+    """KL or gradient norm over that at the start."""
+    degradation: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.7))
+    """Reward over the best it was, from above."""
+    dropped_scores: SignConfig = field(default_factory=lambda: SignConfig("stop", 0.2))
+    """Share of the tokens whose teacher score did not arrive."""
+    importance_weights: SignConfig = field(default_factory=lambda: SignConfig("warn", 0.1))
+    """Share of the tokens whose importance ratio is out of bounds."""
+
+
+SIGNS: tuple[str, ...] = tuple(name for name, kind in DiagnoseConfig.__annotations__.items() if kind == "SignConfig")
 
 
 @dataclass
@@ -702,3 +751,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)

@@ -166,6 +166,8 @@ def conclusion(folder: Path, attempt: str, status: int) -> int:
             f"error: the processes ended (status {status}) without an outcome; see the messages above and {folder}/logs"
         )
         return EXIT_CODES[Status.FAILED]
+    if outcome.status is Status.DIAGNOSED:
+        _say(f"stopped by the diagnosis, with a checkpoint: {outcome.reason}")
     if outcome.status in (Status.FAILED, Status.CONFIG_ERROR):
         _say(f"error: rank {outcome.rank}: {outcome.reason}")
         if outcome.status is Status.FAILED:  # a killed process cannot speak: others then report what that did to them

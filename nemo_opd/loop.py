@@ -10,8 +10,9 @@ each data-parallel replica trains on its part. SFT is the same loop with a data 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
 from nemo_opd.config import Config
+from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.losses.base import DistillationLoss
@@ -26,6 +28,7 @@ from nemo_opd.observe.clock import Clock
 from nemo_opd.observe.measure import rollout_metrics
 from nemo_opd.observe.progress import Progress
 from nemo_opd.observe.recorder import Recorder
+from nemo_opd.observe.token_scores import flatten, shown_rollouts, unflatten
 from nemo_opd.packing import pack, sequence_length
 from nemo_opd.processes import Processes, balanced
 from nemo_opd.prompts.stream import PromptStream
@@ -36,7 +39,16 @@ from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
 from nemo_opd.teacher.contexts import TeacherContext
-from nemo_opd.types import PackedRow, Prompt, Rollout, ScoreRequest, StepReport, TeacherScores, TrainBatch
+from nemo_opd.types import (
+    PackedRow,
+    Prompt,
+    Rollout,
+    ScoreRequest,
+    StepReport,
+    TeacherScores,
+    TrainBatch,
+    TrainStats,
+)
 from nemo_opd.verify.base import Verifier
 
 log = logging.getLogger(__name__)
@@ -64,6 +76,7 @@ class Run:
     trainer: Trainer
     generator: Generator | None
     evaluation: Evaluation | None
+    diagnosis: Diagnosis
     store: CheckpointStore
     stop: StopRequest
     recorder: Recorder | None
@@ -74,6 +87,8 @@ class Run:
     """What the generator was last given."""
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
     """By name, the parts of the algorithm that have a state of their own: it is saved with the run's."""
+    diagnosed: str = ""
+    """The sign of failure that ended the run."""
 
     @property
     def place(self) -> Place:
@@ -83,17 +98,19 @@ class Run:
 def train(run: Run) -> bool:
     """Step until `train.steps`, evaluating where it is due.
 
-    True when all steps and the last evaluation are done, False when a stop request ended the run earlier.
+    True when all steps and the last evaluation are done, False when a stop request or the diagnosis ended the run
+    earlier.
     """
     steps = run.config.train.steps
     progress = Progress(steps, run.state.step, run.config.observe.progress and run.processes.is_first, run.folder.name)
     saved = run.state.step
     refit_generator(run)
     evaluated = evaluate(run)  # what an earlier attempt did not come to
-    while evaluated and run.state.step < steps and not run.stop.agreed():
+    while evaluated and run.state.step < steps and not run.diagnosed and not run.stop.agreed():
         report = one_step(run)
         if report is None:
             break
+        report = diagnosed(run, report)
         progress.advance(report)
         if run.recorder:
             run.recorder.write(report)
@@ -134,13 +151,15 @@ def one_step(run: Run) -> StepReport | None:
     if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
         with clock.section("refit"):
             refit_generator(run)
-    if run.recorder:
-        run.recorder.write_rollouts(run.state.step, rollouts)
+    with clock.section("record"):
+        record_rollouts(run, rollouts, batch, stats)
+    with clock.section("measure"):
+        measured = rollout_metrics(rollouts)
     metrics = {
         "loss/total": sum(stats.losses.values()),
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
-        **rollout_metrics(rollouts),
+        **measured,
         **token_metrics(run.state, rollouts, contexts, trained, stopped.discarded),
         **stopped.metrics,
         "optimizer/grad_norm": stats.grad_norm,
@@ -150,6 +169,18 @@ def one_step(run: Run) -> StepReport | None:
         **{f"time/{name}": seconds for name, seconds in {**clock.seconds(), **stats.seconds}.items()},
     }
     return StepReport(run.state.step, run.state.step, metrics, clock.total)
+
+
+def diagnosed(run: Run, report: StepReport) -> StepReport:
+    """The report with the diagnosis of its step; what ends the run is left in `run.diagnosed`. Collective."""
+    begin = time.perf_counter()
+    verdict = run.diagnosis.look(report.step, report.metrics)
+    if run.processes.any(verdict.stop is not None) and report.step < run.config.train.steps:
+        run.diagnosed = str(verdict.stop or "another rank saw a sign of failure")
+    if run.recorder:
+        run.recorder.write_findings([asdict(finding) for finding in verdict.said])
+    seconds = {"time/diagnosis": time.perf_counter() - begin}
+    return replace(report, metrics={**report.metrics, **verdict.metrics, **seconds})
 
 
 def written(run: Run, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
@@ -213,7 +244,7 @@ def train_batch(
 def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
     """Token counts over all replicas and micro-batches; each replica is counted by the first rank of its last stage."""
     counts = dict.fromkeys([*run.loss.components, "trained", "dropped"], 0.0)
-    if run.place.rank == run.place.loss_ranks[run.place.data_parallel_rank][0]:
+    if speaks_for_replica(run):
         for row in rows:
             masks = run.loss.component_masks(row.tokens)
             for name, mask in masks.items():
@@ -221,6 +252,23 @@ def global_counts(run: Run, rows: Sequence[PackedRow]) -> dict[str, float]:
             counts["trained"] += float(torch.stack(list(masks.values())).any(0).sum())
             counts["dropped"] += float((~row.tokens.teacher_valid).sum())
     return run.processes.sum(counts)
+
+
+def speaks_for_replica(run: Run) -> bool:
+    """Is this the first of the ranks that compute the replica's loss?"""
+    return run.place.rank == run.place.loss_ranks[run.place.data_parallel_rank][0]
+
+
+def record_rollouts(run: Run, rollouts: Sequence[Rollout], batch: TrainBatch, stats: TrainStats) -> None:
+    """Write the step's first rollouts down, now and then with what is known of their tokens. Collective."""
+    observe, scores = run.config.observe, None
+    shown = shown_rollouts(rollouts, observe.rollouts_per_step)
+    if shown and observe.token_scores and _due(observe.token_scores, run.state.step - 1):
+        mine = flatten(batch.rows, stats.token_scores, shown) if speaks_for_replica(run) else torch.zeros(0).double()
+        lengths = {i: len(rollouts[i].response_ids) for i in shown}
+        scores = unflatten(run.processes.gather(mine), lengths)
+    if run.recorder:
+        run.recorder.write_rollouts(run.state.step, rollouts, scores)
 
 
 def token_metrics(
@@ -248,6 +296,7 @@ def token_metrics(
         state.counters[name] = state.counters.get(name, 0.0) + value
     return {
         **{f"tokens/{name}": value for name, value in step.items()},
+        "tokens/dropped_share": step["dropped"] / max(1.0, step["trained"] + step["dropped"]),
         **{f"tokens/{name}_total": state.counters[name] for name in step},
     }
 

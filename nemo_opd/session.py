@@ -31,6 +31,8 @@ def run(config: Config) -> int:
         done = train(parts)
         finish(parts, done)
         status, reason = (Status.DONE, "") if done else (Status.PREEMPTED, stop.reason)
+        if parts.diagnosed:
+            status, reason = Status.DIAGNOSED, parts.diagnosed
         if processes.is_first:
             write_outcome(folder, status, parts.state.step, reason, attempt)
         processes.barrier()  # nobody ends before the outcome stands

@@ -19,7 +19,7 @@ from nemo_opd.configuration.check import launched_processes
 from nemo_opd.configuration.load import load
 from nemo_opd.errors import ConfigError
 from nemo_opd.reliability.lock import RunLocked
-from nemo_opd.reliability.outcome import ATTEMPT_VARIABLE, EXIT_CODES, Status, current_attempt, write_failure
+from nemo_opd.reliability.outcome import ATTEMPT_VARIABLE, EXIT_CODES, SAVED, Status, current_attempt, write_failure
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run(config: Config) -> int:
     if rank == 0:
         log_to(folder / "log.txt")
     code = _guarded(config, folder, attempt, rank)
-    return 0 if launched and code == EXIT_CODES[Status.PREEMPTED] else code
+    return 0 if launched and code in [EXIT_CODES[status] for status in SAVED] else code
 
 
 def _guarded(config: Config, folder: Path, attempt: str, rank: int) -> int:

@@ -43,20 +43,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"engines.protocols", *NOUNS},
     "stop": {"engines.protocols", "rollout", "teacher.contexts", "vocab", *NOUNS},
     "observe": NOUNS,
+    "diagnosis": NOUNS,
+    "report": {"configuration", "reliability", *NOUNS},
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
     "tasks": {"prompts", *NOUNS},
     "loop": {
-        *("engines.protocols", "checkpoint", "evaluate", "losses", "observe", "packing", "prompts", "refit"),
-        *("reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
+        *("engines.protocols", "checkpoint", "diagnosis", "evaluate", "losses", "observe", "packing", "prompts"),
+        *("refit", "reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
     },
 }
 """Area -> the areas it may import besides itself. An area is a module or package below nemo_opd."""
 
-PROGRAMS = {"assemble", "session", "worker", "launch", "cli", "export", "quickstart", "evaluate.command"}
+PROGRAMS = {
+    "assemble",
+    "session",
+    "worker",
+    "launch",
+    "cli",
+    "export",
+    "quickstart",
+    "evaluate.command",
+    "report.command",
+}
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock")  # fmt: skip
+         "reliability.lock", "report")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

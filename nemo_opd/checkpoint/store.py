@@ -45,6 +45,8 @@ class RunState:
     """Totals since the start of the run (tokens generated, tokens trained, scores dropped, ...)."""
     algorithm: dict[str, Any] = field(default_factory=dict)
     """By name, what the parts of the algorithm remember (`Stateful`): plain JSON data, the same on every rank."""
+    diagnosis: dict[str, Any] = field(default_factory=dict)
+    """Windows and counts of `nemo_opd.diagnosis`."""
 
 
 class Stateful(Protocol):

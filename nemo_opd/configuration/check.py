@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_opd.config import (
     EXPORT_FOLDER,
+    SIGNS,
     Config,
     DatasetPrefix,
     LayoutConfig,
@@ -53,6 +54,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.outside": ("tail", "renormalised"),
     "weight.of": ("student", "teacher"),
     "loss.outlier": ("forward_kl", "mask", "clip"),
+    **{f"diagnose.{sign}.action": ("ignore", "warn", "stop") for sign in SIGNS},
 }
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -131,6 +133,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.top_p": (1e-6, 1),
     "evaluate.max_new_tokens": (1, math.inf),
     "observe.rollouts_per_step": (0, math.inf),
+    "observe.token_scores": (0, math.inf),
+    "diagnose.window": (2, math.inf),
+    "diagnose.warmup_steps": (0, math.inf),
+    "diagnose.repeat_every": (1, math.inf),
+    **{f"diagnose.{sign}.threshold": (1e-6, 1) for sign in SIGNS},
+    **{f"diagnose.{sign}.threshold": (1, math.inf) for sign in ("length_inflation", "divergence")},
 }
 """Inclusive bounds. Here and in CHOICES a key that the chosen slots do not have, or that is null, is passed over."""
 
@@ -214,8 +222,10 @@ def _ranges(config: Config) -> None:
 
 
 def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name, None)
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _teacher(config: Config) -> None:

@@ -1,23 +1,38 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events and samples of its rollouts. Only rank 0 writes."""
+"""What a run writes down: metrics.jsonl, TensorBoard events, samples of its rollouts and what the diagnosis says. Only
+rank 0 writes."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_opd.types import Rollout, StepReport
+from torch import Tensor
+
+from nemo_opd.observe.token_scores import TokenScores, shown_rollouts
+from nemo_opd.types import Author, Rollout, StepReport
+
+Piece = Callable[[int], str]
+
+FINDINGS = "diagnosis.jsonl"
+"""What the diagnosis said, one line each; made by the first."""
 
 
 class Recorder:
     """Writes one line per step; a resumed run continues the files, without the steps that it will do again."""
 
-    def __init__(self, run_dir: Path, first_step: int, rollouts_per_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, first_step: int, rollouts_per_step: int, tensorboard: bool, piece: Piece | None = None
+    ) -> None:
+        """`piece` gives the text of a token id for token-level records; without it they have ids only."""
         self._folder = run_dir
         self._rollouts_per_step = rollouts_per_step
-        _forget_steps(run_dir / "metrics.jsonl", first_step)
+        self._piece = piece
+        for name in ("metrics.jsonl", FINDINGS):
+            _forget_steps(run_dir / name, first_step)
         self._metrics: IO[str] = (run_dir / "metrics.jsonl").open("a", buffering=1)
         (run_dir / "rollouts").mkdir(exist_ok=True)
         self._events = _summary_writer(run_dir / "tensorboard", first_step) if tensorboard else None
@@ -32,19 +47,33 @@ class Recorder:
         self._line({"step": step, "evaluation": True, **metrics})
         self._scalars(step, metrics)
 
+    def write_findings(self, findings: Sequence[Mapping[str, Any]]) -> None:
+        """What the diagnosis says of a step."""
+        if findings:
+            with (self._folder / FINDINGS).open("a") as file:
+                file.writelines(json.dumps(finding) + "\n" for finding in findings)
+
     def has_evaluation(self, step: int) -> bool:
         """Do the results of this step's evaluation stand in metrics.jsonl?"""
         lines = (self._folder / "metrics.jsonl").read_text().splitlines()
         return any(line["step"] == step and line.get("evaluation", False) for line in map(json.loads, lines))
 
-    def write_rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """The step's first rollouts, one per prompt as far as they go, to rollouts/step-*.jsonl."""
+    def write_rollouts(
+        self, step: int, rollouts: Sequence[Rollout], scores: Mapping[int, TokenScores] | None = None
+    ) -> None:
+        """The step's first rollouts, one per prompt as far as they go, to rollouts/step-*.jsonl.
+
+        Args:
+            scores: by position in `rollouts`, what the loss measured at its tokens; None writes no tokens.
+        """
         if not self._rollouts_per_step:
             return
-        by_sample = sorted(rollouts, key=lambda r: r.sample)
         with (self._folder / "rollouts" / f"step-{step:08d}.jsonl").open("w") as file:
-            for rollout in by_sample[: self._rollouts_per_step]:
-                file.write(json.dumps(describe(rollout), ensure_ascii=False) + "\n")
+            for i in shown_rollouts(rollouts, self._rollouts_per_step):
+                fields = describe(rollouts[i])
+                if scores is not None:
+                    fields["tokens"] = describe_tokens(rollouts[i], scores.get(i, {}), self._piece)
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self._metrics.close()
@@ -76,6 +105,26 @@ def describe(rollout: Rollout) -> dict[str, Any]:
         "policy_version": int(rollout.policy_version.max()) if len(rollout.policy_version) else None,
         "mean_sampler_logprob": float(written.mean()) if len(written) else None,
     }
+
+
+def describe_tokens(rollout: Rollout, scores: TokenScores, piece: Piece | None) -> dict[str, list[Any]]:
+    """One list per field, each as long as the response; null where a number is not known.
+
+    `text` is each token's own text, in which a character that is spread over several tokens is not readable.
+    """
+    ids = rollout.response_ids.tolist()
+    fields: dict[str, list[Any]] = {"id": ids}
+    if piece is not None:
+        fields["text"] = [piece(token) for token in ids]
+    fields["author"] = [Author(author).name.lower() for author in rollout.author.tolist()]
+    fields["trained"] = rollout.loss_mask.tolist()
+    fields["sampler_logprob"] = _numbers(rollout.sampler_logprobs)
+    return fields | {name: _numbers(values) for name, values in scores.items()}
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """Four digits each: they are for looking at."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _forget_steps(path: Path, first_step: int) -> None:

@@ -5,12 +5,14 @@ The file is what others rely on; exit codes are for people, and they are fixed h
 
     0    done
     2    config_error: a setting that cannot work, found at the command line or later
+    65   diagnosed: stopped by a sign of failure (docs/diagnosis.md), with a checkpoint; the same command would end the
+         same way after a step, so nobody should start it again before a person has looked at it
     70   failed
     75   preempted: stopped on request, with a checkpoint; the same command goes on from there
     130  interrupted at once (second Ctrl-C); the newest checkpoint is the one before
 
-Under a launcher (torchrun, srun) `preempted` exits with 0: any other code would make the launcher kill the processes
-that are still saving, and print a failure that is none.
+Under a launcher (torchrun, srun) `preempted` and `diagnosed` exit with 0: any other code would make the launcher kill
+the processes that are still saving, and print a failure that is none.
 """
 
 from __future__ import annotations
@@ -40,9 +42,18 @@ class Status(enum.StrEnum):
     PREEMPTED = "preempted"
     CONFIG_ERROR = "config_error"
     FAILED = "failed"
+    DIAGNOSED = "diagnosed"
 
 
-EXIT_CODES: dict[Status, int] = {Status.DONE: 0, Status.CONFIG_ERROR: 2, Status.FAILED: 70, Status.PREEMPTED: 75}
+EXIT_CODES: dict[Status, int] = {
+    Status.DONE: 0,
+    Status.CONFIG_ERROR: 2,
+    Status.DIAGNOSED: 65,
+    Status.FAILED: 70,
+    Status.PREEMPTED: 75,
+}
+SAVED = (Status.PREEMPTED, Status.DIAGNOSED)
+"""Ended by decision of all processes together, with a checkpoint."""
 
 
 @dataclass(frozen=True)

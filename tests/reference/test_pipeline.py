@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,43 @@ def test_another_teacher_gives_both(ranks2: RankPool, tmp_path: Path):
     for metrics in ranks2.run(_one_step, str(folder), str(tmp_path / "run"), ("student.tensor_model_parallel_size=2",)):
         assert metrics["loss/reverse_kl"] > 1e-3
         assert metrics["optimizer/grad_norm"] > 1e-3
+
+
+LAYOUTS = {
+    "tp2": ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"),
+    "pp2": ("student.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2"),
+    "dp2": (),
+}
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "tail"])
+def test_measurements_do_not_depend_on_the_layout(ranks1: RankPool, ranks2: RankPool, tmp_path: Path, loss: str):
+    """Neither the metrics, nor what is written down of single tokens."""
+    folder = make_workspace(tmp_path)
+    overrides = (
+        *("student.dtype=float64", "teacher.dtype=float64", f"loss={loss}", "rollout.max_new_tokens=24"),
+        *("verify.name=integer", "observe.rollouts_per_step=8"),
+    )
+    (expected,) = ranks1.run(_one_step, str(folder), str(tmp_path / "one"), overrides)
+    written = _rollouts(tmp_path / "one")
+    for name in ("train/teacher_logprob_from_16", "train/importance_out_of_bounds", "response/repeated_3grams"):
+        assert name in expected
+    assert ("train/top_overlap" in expected) == (loss == "tail")
+    for layout, settings in LAYOUTS.items():
+        for metrics in ranks2.run(_one_step, str(folder), str(tmp_path / layout), (*overrides, *settings)):
+            names = {name for name in metrics if not name.startswith(("time/", "speed/"))}
+            assert names == {name for name in expected if not name.startswith(("time/", "speed/"))}
+            for name in names:
+                assert metrics[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), (layout, name)
+        for ours, theirs in zip(_rollouts(tmp_path / layout), written, strict=True):
+            assert ours["tokens"].keys() == theirs["tokens"].keys()
+            for name, values in theirs["tokens"].items():
+                expected_values = values if name in ("text", "author") else pytest.approx(values, rel=2e-3, abs=1e-9)
+                assert ours["tokens"][name] == expected_values, (layout, name)
+    trained = [kl for line in written for kl in line["tokens"]["kl"] if kl is not None]
+    assert len(trained) == expected["tokens/trained"]
+    assert sum(trained) / len(trained) == pytest.approx(expected["train/kl"], rel=1e-3)
+
+
+def _rollouts(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "rollouts" / "step-00000001.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 
 from nemo_opd import loop
-from nemo_opd.checkpoint.store import RunState
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, newest_checkpoint, read_state
 from nemo_opd.config import CheckpointConfig, Config, DataConfig, EvaluateConfig, ObserveConfig, RunConfig, TrainConfig
+from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.errors import ConfigError
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import StepReport
+from tests.helpers.histories import FAILS_FROM, FAILURES, Metrics, healthy
 
 
 def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -> Any:
@@ -30,9 +33,11 @@ def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -
     processes = Processes()
     stop = StopRequest(None, "test", processes)
     recorder = Recorder(folder, 0, rollouts_per_step=0, tensorboard=False)
+    state = RunState()
     return SimpleNamespace(
-        **{"config": config, "processes": processes, "stop": stop, "folder": folder, "state": RunState()},
+        **{"config": config, "processes": processes, "stop": stop, "folder": folder, "state": state},
         **{"recorder": recorder, "evaluation": None, "generator": object()},
+        **{"diagnosis": Diagnosis(config.diagnose, state.diagnosis), "diagnosed": ""},
     )
 
 
@@ -96,3 +101,74 @@ def test_the_next_attempt_does_the_evaluation_that_was_interrupted(
     del events[:]
     assert loop.train(run), "a run that is done has nothing left to do"
     assert events == []
+
+
+def _metrics(step: int, collapse: bool) -> Metrics:
+    metrics = healthy(step)(step)
+    return metrics | (FAILURES["repetition"](1.0, metrics) if collapse and step >= FAILS_FROM else {})
+
+
+def _stored(run: Any, folder: Path) -> Any:
+    """The run with a real checkpoint store, around a trainer without weights."""
+    run.store, run.trainer = CheckpointStore(folder, run.processes, 2), SimpleNamespace(save=lambda path: None)
+    run.config_text, run.stateful = "a recipe", {}
+    return run
+
+
+def _said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "diagnosis.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a run that collapses into repetition."""
+
+    def one_step(run: Any) -> StepReport:
+        run.state.step += 1
+        return StepReport(run.state.step, run.state.step, _metrics(run.state.step, collapse=True), 0.0)
+
+    monkeypatch.setattr(loop, "refit_generator", lambda run: None)
+    monkeypatch.setattr(loop, "one_step", one_step)
+
+
+def test_a_collapse_into_repetition_saves_and_stops_with_its_reason(collapsing: None, tmp_path: Path) -> None:
+    run = _stored(_run(tmp_path, steps=1000, checkpoint_every=500, evaluate_every=0), tmp_path)
+    assert not loop.train(run)
+    step = run.state.step
+    assert FAILS_FROM < step < FAILS_FROM + 25
+    assert run.diagnosed.startswith(f"repetition since step {step}: ")
+    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / f"step-{step:08d}"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["diagnosis/repetition"] for line in lines[-2:]] == [0.0, 1.0]
+    last = _said(tmp_path)[-1]
+    assert (last["sign"], last["step"], last["action"]) == ("repetition", step, "stop")
+
+
+def test_a_resumed_run_keeps_its_windows_and_ends_the_same_way_unless_told_otherwise(
+    collapsing: None, tmp_path: Path
+) -> None:
+    run = _stored(_run(tmp_path, steps=1000, checkpoint_every=500, evaluate_every=0), tmp_path)
+    loop.train(run)
+    stopped_at = run.state.step
+    for stop, steps in ((True, stopped_at + 1), (False, stopped_at + 30)):
+        again = _stored(_run(tmp_path, steps=stopped_at + 30, checkpoint_every=500, evaluate_every=0), tmp_path)
+        again.config.diagnose.stop = stop
+        newest = newest_checkpoint(tmp_path / "checkpoints")
+        assert newest is not None
+        again.state = read_state(newest)
+        again.diagnosis = Diagnosis(again.config.diagnose, again.state.diagnosis)
+        assert loop.train(again) is not stop
+        assert again.state.step == steps
+        assert bool(again.diagnosed) is stop
+        if stop:
+            last = _said(tmp_path)[-1]
+            assert (last["sign"], last["step"], last["since"]) == ("repetition", stopped_at + 1, stopped_at)
+
+
+def test_a_sign_at_the_last_step_ends_nothing(collapsing: None, tmp_path: Path) -> None:
+    run = _stored(_run(tmp_path, steps=1000, checkpoint_every=500, evaluate_every=0), tmp_path)
+    loop.train(run)
+    (tmp_path / "exact").mkdir()
+    exact = _stored(_run(tmp_path / "exact", steps=run.state.step, checkpoint_every=500, evaluate_every=0), tmp_path)
+    assert loop.train(exact)
+    assert exact.diagnosed == ""

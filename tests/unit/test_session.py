@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nemo_opd import session
+from nemo_opd.config import Config, DataConfig, RunConfig
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.lock import RunLock, RunLocked, probe
-from nemo_opd.reliability.outcome import Status, read_outcome, write_failure, write_outcome
+from nemo_opd.reliability.outcome import EXIT_CODES, Status, read_outcome, write_failure, write_outcome
 from nemo_opd.session import take_folder
 from tests.helpers.ranks import RankPool
 
@@ -43,3 +47,27 @@ def test_a_failure_is_written_where_a_launcher_gives_every_start_the_same_name(t
         write_failure(tmp_path, Status.FAILED, "out of memory", "none-29500", rank=0)
     outcome = read_outcome(tmp_path)
     assert outcome is not None and (outcome.status, outcome.reason) == (Status.FAILED, "out of memory")
+
+
+@pytest.mark.parametrize(
+    ("done", "diagnosed", "status"),
+    [(True, "", Status.DONE), (False, "", Status.PREEMPTED), (False, "repetition since step 7", Status.DIAGNOSED)],
+)
+def test_the_outcome_says_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool, diagnosed: str, status: Status
+) -> None:
+    parts = SimpleNamespace(state=SimpleNamespace(step=7), diagnosed=diagnosed)
+    monkeypatch.setattr(session, "init_distributed", lambda: None)
+    monkeypatch.setattr(session, "assemble", lambda *_: parts)
+    monkeypatch.setattr(session, "train", lambda _: done)
+    monkeypatch.setattr(session, "finish", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = session.run(Config(run=RunConfig(dir=str(tmp_path)), data=DataConfig(path="unused")))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert (outcome.status, outcome.step, outcome.reason) == (status, 7, diagnosed)
+    assert code == outcome.exit_code == EXIT_CODES[status]

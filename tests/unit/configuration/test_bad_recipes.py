@@ -234,6 +234,17 @@ CASES = [
     Bad("greedy_samples", "evaluate.samples_per_prompt: got 4; expected 1, as greedy samples are all the same; set "
         "evaluate.samples_per_prompt=1 or evaluate.greedy=false",
         ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.greedy=true", "evaluate.samples_per_prompt=4")),
+    Bad("unknown_action", "diagnose.repetition.action: got halt; expected one of ignore, warn, stop; choose one of "
+        "these", ("diagnose.repetition.action=halt",)),
+    Bad("action_without_its_key", "diagnose.repetition: got stop; expected a section with action, threshold; set them "
+        "one by one, for example diagnose.repetition.action=...", ("diagnose.repetition=stop",)),
+    Bad("unknown_sign", "diagnose.repetitions.action: got an unknown key; expected a key of the schema; did you mean "
+        "`diagnose.repetition.action`?", ("diagnose.repetitions.action=warn",)),
+    Bad("share_above_one", "diagnose.truncation.threshold: got 50.0; expected a value from 1e-06 to 1; change the "
+        "value", ("diagnose.truncation.threshold=50",)),
+    Bad("growth_below_one", "diagnose.divergence.threshold: got 0.5; expected at least 1; change the value",
+        ("diagnose.divergence.threshold=0.5",)),
+    Bad("window_of_one_step", "diagnose.window: got 1; expected at least 2; change the value", ("diagnose.window=1",)),
     # files
     Bad("no_model", "student.model: got no folder nowhere; expected a model folder; give a folder in Hugging Face "
         "format (`hf download NAME --local-dir DIR` makes one)", ("student.model=nowhere",)),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_opd.observe.measure import rollout_metrics
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.types import StepReport
 from tests.helpers.rollouts import make_rollout
@@ -42,6 +43,17 @@ def test_a_resume_replaces_the_steps_it_repeats(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_what_the_diagnosis_said_of_repeated_steps_is_forgotten(tmp_path):
+    first = Recorder(tmp_path, 0, rollouts_per_step=0, tensorboard=False)
+    first.write_findings([])
+    assert not (tmp_path / "diagnosis.jsonl").exists()
+    for step in (3, 8):
+        first.write_findings([{"step": step, "sign": "repetition"}])
+    first.close()
+    Recorder(tmp_path, 5, rollouts_per_step=0, tensorboard=False).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "diagnosis.jsonl").read_text().splitlines()] == [3]
+
+
 def test_a_run_that_starts_over_forgets_every_step(tmp_path):
     for loss in (1.0, 2.0):  # the second start found no checkpoint
         recorder = Recorder(tmp_path, 0, rollouts_per_step=0, tensorboard=True)
@@ -53,6 +65,25 @@ def test_a_run_that_starts_over_forgets_every_step(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 2.0)]
 
 
+def test_tokens_are_written_beside_their_text(tmp_path):
+    rollout = make_rollout(0, 4)
+    rollout.sampler_logprobs[1] = math.nan
+    scores = {0: {"kl": torch.tensor([0.123456, math.nan, math.inf, 2.0])}}
+    recorder = Recorder(tmp_path, 0, 1, tensorboard=False, piece=lambda token: f"<{token}>")
+    recorder.write_rollouts(1, [rollout], scores)
+    recorder.write_rollouts(2, [rollout])
+    recorder.close()
+    first, second = (json.loads((tmp_path / "rollouts" / f"step-0000000{step}.jsonl").read_text()) for step in (1, 2))
+    tokens = first["tokens"]
+    assert tokens["id"] == rollout.response_ids.tolist()
+    assert tokens["text"] == [f"<{token}>" for token in tokens["id"]]
+    assert tokens["author"] == ["student"] * 4
+    assert tokens["trained"] == rollout.loss_mask.tolist()
+    assert tokens["kl"] == [0.1235, None, None, 2.0]
+    assert tokens["sampler_logprob"][1] is None and tokens["sampler_logprob"][0] < 0
+    assert "tokens" not in second
+
+
 def test_rollout_samples_show_several_prompts(tmp_path):
     recorder = Recorder(tmp_path, 0, rollouts_per_step=3, tensorboard=False)
     recorder.write_rollouts(1, [make_rollout(i, 4, sample=s, reward=1.0) for i in range(3) for s in (0, 1)])
@@ -62,12 +93,3 @@ def test_rollout_samples_show_several_prompts(tmp_path):
     assert lines[0]["policy_version"] == 7
     assert lines[0]["response_tokens"] == 4
     assert lines[0]["finish"] == "eos"
-
-
-def test_rollout_metrics_are_means_over_rollouts():
-    metrics = rollout_metrics([make_rollout(0, 2, reward=1.0), make_rollout(1, 6, reward=0.0)])
-    assert metrics["reward/mean"] == 0.5
-    assert metrics["response/length"] == 4.0
-    assert metrics["response/length_max"] == 6.0
-    assert metrics["response/eos_share"] == 1.0
-    assert "reward/mean" not in rollout_metrics([make_rollout(0, 2)])
