@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_opd.config import TrustRegionLoss
+from nemo_opd.config import ReverseKLLoss, SlotConfig, TrustRegionLoss
 from nemo_opd.losses import build_loss
 from nemo_opd.vocab.logits import LogitsView
 from nemo_opd.vocab.objective import SampledScores
@@ -96,3 +96,23 @@ def test_a_draw_needs_the_tokens_address():
     views = [LogitsView(m.expand(VOCAB, VOCAB).contiguous()) for m in (z, zt)]
     with pytest.raises(ValueError, match="response_key"):
         build_loss(TrustRegionLoss(k=4)).evaluate(*views, tokens, None)
+
+
+def steps_until_unlearnt(slot: SlotConfig, limit: int) -> int:
+    """Gradient steps (rate 1, expected gradients) after which a student that is sure of what the teacher finds absurd
+    is so no more; `limit` when it still is."""
+    z = torch.tensor([15.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # .9999991 on the first id
+    zt = torch.tensor([-20.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+    for step in range(limit):
+        if z.softmax(0)[0] < 0.5:
+            return step
+        z = z - expected_gradient(build_loss(slot), z, zt)
+    return limit
+
+
+def test_rejected_tokens_are_unlearnt_where_reverse_kl_hardly_moves() -> None:
+    """The gradient of reverse KL has the factor p(1 - p): a student that is sure of itself does not learn from it. Nor
+    does the trust term alone; the forward KL of rejected tokens has no such factor."""
+    assert steps_until_unlearnt(TrustRegionLoss(trust="expected", k=3), 100) < 40
+    for slot in (ReverseKLLoss(), TrustRegionLoss(trust="expected", outlier="mask")):
+        assert steps_until_unlearnt(slot, 300) == 300
