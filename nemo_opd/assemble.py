@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemo_opd.checkpoint.store import CheckpointStore, RunState, restore
+from nemo_opd.checkpoint.fingerprint import StartWeights
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful, restore
 from nemo_opd.config import (
     EXPORT_FOLDER,
     Config,
@@ -30,13 +31,13 @@ from nemo_opd.engines.hf.scorer import HFScorer
 from nemo_opd.engines.megatron.families import read_architecture
 from nemo_opd.engines.megatron.model import dtype_of
 from nemo_opd.engines.megatron.scorer import MegatronScorer
-from nemo_opd.engines.megatron.trainer import MegatronTrainer
+from nemo_opd.engines.megatron.trainer import MegatronTrainer, TeacherOutput
 from nemo_opd.engines.megatron.weights import load_output_weight, save_hf_checkpoint
 from nemo_opd.engines.protocols import Generator, Scorer
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run
-from nemo_opd.losses import build_loss, build_weight, for_prefix
+from nemo_opd.losses import build_loss, build_weight, for_prefix, with_reward
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
 from nemo_opd.prompts.stream import PromptStream, first_prompts
@@ -50,6 +51,7 @@ from nemo_opd.stop.divergence import FullDivergence, Measure, TailDivergence
 from nemo_opd.teacher.base import WithBase
 from nemo_opd.teacher.build import build_context
 from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.teacher.several import MixedScorer, RoutedContext, RoutedScorer, Routing
 from nemo_opd.types import Need, Sampling
 from nemo_opd.verify.build import build_verifier
 
@@ -60,7 +62,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     folder = Path(config.run.dir)
     tokenizer = load_tokenizer(config.student.model)
-    loss = for_prefix(build_loss(config.loss), config.prefix)
+    loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
     config_text = to_yaml(config)
     store = CheckpointStore(folder, processes, config.checkpoint.keep)
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
@@ -73,9 +75,13 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         prompts.seek(state.prompts)
         log.info("resuming from %s", newest)
     state.prompts = prompts.state()
-    context = build_teacher_context(config, tokenizer)
+    key = config.data.teacher_key
+    routing = None if key is None else Routing(key, list(config.teachers))
+    context = build_teacher_context(config, routing)
     stop_rule = build_stop_rule(config, processes, tokenizer, context, generator, scorer)
-    stateful = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
+    stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
+    if any(teacher.source == "frozen" for teacher in config.every_teacher().values()):
+        stateful["frozen teacher"] = StartWeights(Path(config.student.model), processes)
     restore(stateful, state)
     if processes.is_first:
         (folder / "config.yaml").write_text(config_text)
@@ -90,6 +96,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         verifier=build_verifier(config.verify),
         context=context,
         stop_rule=stop_rule,
+        routing=routing,
         scorer=scorer,
         loss=loss,
         trainer=trainer,
@@ -157,17 +164,39 @@ def build_generator(config: Config, tokenizer: Tokenizer, read_weights: bool = F
 
 
 def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer, need: Need) -> Scorer | None:
-    """The teacher, when the loss needs one; its output layer goes to the ranks that compute the loss."""
+    """The teacher, or all of several, when the loss needs one; output layers go to the ranks that compute the loss."""
     if need is Need.NOTHING:
         return None
-    teacher = config.teacher
-    scorer = build_external_scorer(config, tokenizer)
-    if need is Need.FULL:
-        trainer.set_teacher_output(str(teacher.model))
+    teachers = list(config.every_teacher().values())
+    built = [_one_teacher(config, key, trainer, tokenizer) for key in config.every_teacher()]
+    scorers, outputs = [scorer for scorer, _ in built], [output for _, output in built]
+    if config.data.teacher_key is not None:
+        for number, (output, teacher) in enumerate(zip(outputs, teachers, strict=True)):
+            trainer.set_teacher_output(output if need is Need.FULL else None, number, teacher.dtype)
+        return RoutedScorer(scorers)
+    widest = max((teacher.dtype for teacher in teachers), key=("bfloat16", "float32", "float64").index)
+    trainer.set_teacher_output(outputs if need is Need.FULL else None, dtype=widest)
+    if len(scorers) == 1:
+        return scorers[0]
+    return MixedScorer(scorers, [teacher.weight for teacher in config.teachers.values()])
+
+
+def _one_teacher(
+    config: Config, key: str, trainer: MegatronTrainer, tokenizer: Tokenizer
+) -> tuple[Scorer, TeacherOutput]:
+    """A scorer, and where its output layer comes from; `tokenizer` is the student's."""
+    teacher = config.every_teacher()[key]
+    config = replace(config, teacher=teacher)
+    output: TeacherOutput
+    if teacher.source == "external":
+        scorer, output = build_external_scorer(config, tokenizer, f"{key}.model"), str(teacher.model)
+    else:
+        output = trainer.self_teacher(teacher.source, teacher.decay)
+        scorer = MegatronScorer(config, output)
     if teacher.base_model is None:
-        return scorer
-    base = replace(config, teacher=replace(teacher, model=teacher.base_model))
-    return WithBase(scorer, build_external_scorer(base, tokenizer, "teacher.base_model"))
+        return scorer, output
+    base = replace(config, teacher=replace(teacher, source="external", model=teacher.base_model))
+    return WithBase(scorer, build_external_scorer(base, tokenizer, f"{key}.base_model")), output
 
 
 def build_external_scorer(config: Config, tokenizer: Tokenizer, key: str = "teacher.model") -> Scorer:
@@ -180,11 +209,17 @@ def build_external_scorer(config: Config, tokenizer: Tokenizer, key: str = "teac
     return HFScorer(model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size)
 
 
-def build_teacher_context(config: Config, tokenizer: Tokenizer) -> TeacherContext:
-    """What the teacher sees, rendered by its own chat template (`tokenizer` is the student's)."""
-    if config.teacher.model is not None:
-        tokenizer = load_tokenizer(config.teacher.model, "teacher.model")
-    return build_context(config.context, tokenizer, config.run.seed, config.data.answer_key)
+def build_teacher_context(config: Config, routing: Routing | None) -> TeacherContext:
+    """What the teacher sees, rendered by its own chat template."""
+    tokenizers = [teacher_tokenizer(config, key) for key in config.every_teacher()]
+    contexts = [build_context(config.context, t, config.run.seed, config.data.answer_key) for t in tokenizers]
+    return contexts[0] if routing is None else RoutedContext(contexts, routing)
+
+
+def teacher_tokenizer(config: Config, key: str = "teacher") -> Tokenizer:
+    """The student's where the teacher is the student itself, or where there is none."""
+    model = config.every_teacher()[key].model
+    return load_tokenizer(config.student.model) if model is None else load_tokenizer(model, f"{key}.model")
 
 
 def build_stop_rule(

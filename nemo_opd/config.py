@@ -45,16 +45,34 @@ class StudentConfig(LayoutConfig):
 
 @dataclass
 class TeacherConfig(LayoutConfig):
-    """The model that scores. `engine: none` for objectives without a teacher."""
+    """The model that scores. `engine: none` for objectives without a teacher.
+
+    A teacher whose `source` is the student itself lives on the student's layout and has its dtype.
+    """
 
     engine: str = "megatron"
     """megatron (own layout over the same processes), hf (dense, whole in every process) or none"""
+    source: str = "external"
+    """Whose weights: external (those of `model`), or the student's own: current, frozen (as at the start of the run)
+    or ema (moving average, part of the checkpoint)"""
     model: str | None = None
+    """Folder in Hugging Face format of an external teacher."""
     base_model: str | None = None
     """The model that the teacher was trained from, in the teacher's layout and dtype; for loss extrapolated."""
+    decay: float = 0.95
+    """Of ema: after each step the teacher is decay * teacher + (1 - decay) * student."""
     dtype: str = "bfloat16"
+    """Of an external teacher."""
     micro_batch_tokens: int = 4096
     """Positions of one scoring micro-batch."""
+
+
+@dataclass
+class OneOfSeveral(TeacherConfig):
+    """A teacher among others (`teachers.NAME`)."""
+
+    weight: float = 1.0
+    """Share in a mixture, where `data.teacher_key` is not set; weights are divided by their sum."""
 
 
 @dataclass
@@ -68,6 +86,8 @@ class DataConfig:
     answer_key: str = "answer"
     response_key: str = "response"
     """Read only where an objective uses written responses (SFT)."""
+    teacher_key: str | None = None
+    """Field that names which of `teachers` scores the record; null: all of them do, mixed by weight."""
     chat_template: bool = True
     """Render through the tokenizer's chat template; False feeds the text as it is."""
     system_prompt: str | None = None
@@ -110,7 +130,7 @@ class SlotConfig:
     reads_whole_teacher: ClassVar[bool] = True
     """Of losses: False where less than the teacher's whole distribution is asked."""
     needs_sampler_logprobs: ClassVar[bool] = False
-    """Of losses and weights: True where every token must come with the probability that it was drawn with."""
+    """Of losses, rewards and weights: True where every token must come with the probability that it was drawn with."""
 
 
 @dataclass
@@ -474,6 +494,52 @@ class ExtrapolatedLoss(SlotConfig):
 
 
 @dataclass
+class VerifierPolicyGradientLoss(SlotConfig):
+    """The policy gradient of the `reward` slot, and nothing besides: reinforcement learning from verifiable rewards."""
+
+    name: str = "verifier_policy_gradient"
+    needs_teacher: ClassVar[bool] = False
+    reads_whole_teacher: ClassVar[bool] = False
+
+
+@dataclass
+class NoReward(SlotConfig):
+    """The verifier's reward is logged and sorts peers; nothing is learnt from it directly."""
+
+    name: str = "none"
+
+
+@dataclass
+class GroupRelativeReward(SlotConfig):
+    """Policy gradient on the verifier's reward, relative to the prompt's other responses (GRPO, arXiv 2402.03300).
+
+    It stands beside any loss as a component with a token count of its own, and alone with
+    loss=verifier_policy_gradient.
+    """
+
+    name: str = "group_relative"
+    needs_sampler_logprobs: ClassVar[bool] = True
+    weight: float = 1.0
+    """Factor on the policy gradient."""
+    loss_weight: float = 1.0
+    """Factor on the loss beside it: small where that only holds the student near a model (a KL coefficient)."""
+    clip_low: float | None = 0.2
+    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high]; null: no such bound."""
+    clip_high: float | None = 0.2
+    divide_by_std: bool = False
+    """Divide a group's advantages by its standard deviation."""
+    std_eps: float = 1e-6
+    """Added to that deviation."""
+    average: str = "tokens"
+    """tokens: every token of the step weighs the same; responses: every response does"""
+    equal_groups: str = "drop"
+    """A prompt whose responses all have the same reward. keep: advantage 0, its tokens count; drop: not counted;
+    redraw: replaced by the next prompts of the stream"""
+    redraws: int = 3
+    """Times that a step may go on to further prompts (redraw); what is still missing then is left out."""
+
+
+@dataclass
 class UnitWeight(SlotConfig):
     """Every trained token counts once."""
 
@@ -560,7 +626,9 @@ SLOTS: dict[str, dict[str, type[SlotConfig]]] = {
         "minillm": MiniLLMLoss,
         "extrapolated": ExtrapolatedLoss,
         "cross_entropy": CrossEntropyLoss,
+        "verifier_policy_gradient": VerifierPolicyGradientLoss,
     },
+    "reward": {"none": NoReward, "group_relative": GroupRelativeReward},
     "weight": {
         "unit": UnitWeight,
         "tis": TruncatedImportanceWeight,
@@ -738,12 +806,15 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, OneOfSeveral] = field(default_factory=dict)
+    """In the place of `teacher`, several by name."""
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     prefix: SlotConfig = field(default_factory=StudentPrefix)
     stop: SlotConfig = field(default_factory=DefaultStop)
     context: SlotConfig = field(default_factory=SamePromptContext)
     loss: SlotConfig = field(default_factory=ReverseKLLoss)
+    reward: SlotConfig = field(default_factory=NoReward)
     weight: SlotConfig = field(default_factory=UnitWeight)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -752,3 +823,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+
+    def every_teacher(self) -> dict[str, TeacherConfig]:
+        """Teachers by the key of their section: ``teacher``, or ``teachers.NAME`` for each of several."""
+        if not self.teachers:
+            return {"teacher": self.teacher}
+        return {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}

@@ -10,6 +10,7 @@ each data-parallel replica trains on its part. SFT is the same loop with a data 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
-from nemo_opd.config import Config
+from nemo_opd.config import Config, NoReward
 from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
@@ -35,11 +36,14 @@ from nemo_opd.prompts.stream import PromptStream
 from nemo_opd.refit.manifest import Manifest
 from nemo_opd.refit.transfer import refit
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.advantages import groups, redraws_of, says_nothing, verifier_advantages
 from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
 from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.teacher.several import Routing
 from nemo_opd.types import (
+    Need,
     PackedRow,
     Prompt,
     Rollout,
@@ -71,6 +75,8 @@ class Run:
     verifier: Verifier | None
     context: TeacherContext
     stop_rule: StopRule
+    routing: Routing | None
+    """Which of several teachers scores a rollout; None where all are scored alike."""
     scorer: Scorer | None
     loss: DistillationLoss
     trainer: Trainer
@@ -127,22 +133,24 @@ def train(run: Run) -> bool:
 def one_step(run: Run) -> StepReport | None:
     """One optimizer step. None, with nothing changed, when a stop request interrupted the rollouts."""
     clock = Clock()
-    prompts = run.prompts.take(run.config.train.prompts_per_step)
     with clock.section("rollout"):
-        mine = list(verified(run, written(run, prompts)))
-        if run.stop.agreed():
+        drawn = drawn_rollouts(run)
+        if drawn is None:
             return None  # the stream's position in the run's state is still the one before this step
-        rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
+        rollouts, passed_over = drawn
     with clock.section("context"):
         contexts = run.context.context_ids(rollouts)
     with clock.section("stop"):
         rollouts = run.stop_rule.cut(rollouts, contexts)
-    replicas = balanced([sequence_length(rollout) for rollout in rollouts], run.place.data_parallel_size)
+    advantages = verifier_advantages(run.config.reward, rollouts)
+    replicas = spread(run, rollouts, advantages)
     with clock.section("score"):
-        scores = {answer.key: answer for answer in scored(run, rollouts, contexts, replicas)}
+        teachers = teacher_numbers(run, rollouts)
+        scores = {answer.key: answer for answer in scored(run, rollouts, contexts, teachers, replicas)}
     with clock.section("pack"):
         scores |= without_signal(rollouts, contexts)
-        batch, trained = train_batch(run, rollouts, scores, replicas[run.place.data_parallel_rank])
+        mine = replicas[run.place.data_parallel_rank]
+        batch, trained = train_batch(run, rollouts, scores, teachers, advantages, mine)
     with clock.section("train"):
         stats = run.trainer.train_step(batch)
     run.state.step += 1
@@ -160,12 +168,13 @@ def one_step(run: Run) -> StepReport | None:
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **measured,
-        **token_metrics(run.state, rollouts, contexts, trained, stopped.discarded),
+        **reward_metrics(run, rollouts, passed_over),
+        **token_metrics(run.state, rollouts, passed_over, contexts, trained, stopped.discarded),
         **stopped.metrics,
         "optimizer/grad_norm": stats.grad_norm,
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),
-        "speed/tokens_per_second": sum(len(rollout.response_ids) for rollout in rollouts) / clock.total,
+        "speed/tokens_per_second": sum(len(r.response_ids) for r in [*rollouts, *passed_over]) / clock.total,
         **{f"time/{name}": seconds for name, seconds in {**clock.seconds(), **stats.seconds}.items()},
     }
     return StepReport(run.state.step, run.state.step, metrics, clock.total)
@@ -183,6 +192,37 @@ def diagnosed(run: Run, report: StepReport) -> StepReport:
     return replace(report, metrics={**report.metrics, **verdict.metrics, **seconds})
 
 
+def drawn_rollouts(run: Run) -> tuple[list[Rollout], list[Rollout]] | None:
+    """The step's rollouts, verified and known to every rank, and those that `reward.equal_groups=redraw` passed over
+    for the next prompts of the stream. None when a stop request interrupted them."""
+    missing, kept, passed_over = run.config.train.prompts_per_step, [], []  # type: int, list[Rollout], list[Rollout]
+    for _ in range(1 + redraws_of(run.config.reward)):
+        prompts = run.prompts.take(missing)
+        mine = list(verified(run, written(run, prompts)))
+        if run.stop.agreed():
+            return None
+        rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
+        if not redraws_of(run.config.reward):
+            return rollouts, []
+        for members in groups(rollouts).values():
+            group = [rollouts[i] for i in members]
+            says = not says_nothing(group)
+            (kept if says else passed_over).extend(group)
+            missing -= says
+        if not missing:
+            break
+    return kept, passed_over
+
+
+def spread(run: Run, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> list[list[int]]:
+    """Which rollouts each data-parallel replica trains on. Without a teacher those that have no advantage are left out:
+    nothing is learnt from them."""
+    useless = [run.loss.needs.need is Need.NOTHING and math.isnan(advantage) for advantage in advantages]
+    lengths = [0 if out else sequence_length(rollout) for rollout, out in zip(rollouts, useless, strict=True)]
+    parts = balanced(lengths, run.place.data_parallel_size)
+    return [[i for i in members if not useless[i]] for members in parts]
+
+
 def written(run: Run, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
     """This rank's share of the step's responses, as they finish."""
     mine = [prompts[i] for i in run.processes.share(len(prompts))]
@@ -197,15 +237,24 @@ def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
         yield rollout
 
 
+def teacher_numbers(run: Run, rollouts: Sequence[Rollout]) -> list[int]:
+    """The teacher of each rollout; 0 also where it has none (and then no context)."""
+    return [0] * len(rollouts) if run.routing is None else [n or 0 for n in run.routing.numbers(rollouts)]
+
+
 def scored(
-    run: Run, rollouts: Sequence[Rollout], contexts: Sequence[Context], replicas: Sequence[Sequence[int]]
+    run: Run,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Context],
+    teachers: Sequence[int],
+    replicas: Sequence[Sequence[int]],
 ) -> Iterator[TeacherScores]:
     """The teacher's answers for the rollouts whose loss this rank computes and for which it has a context."""
     if run.scorer is None:
         return iter(())
     consumers = {i: run.place.loss_ranks[replica] for replica, members in enumerate(replicas) for i in members}
     requests = [
-        ScoreRequest(i, context, rollout.response_ids, consumers[i])
+        ScoreRequest(i, context, rollout.response_ids, consumers[i], teacher=teachers[i])
         for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=True))
         if len(rollout.response_ids) and context is not None
     ]
@@ -223,7 +272,12 @@ def without_signal(rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> 
 
 
 def train_batch(
-    run: Run, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores], members: Sequence[int]
+    run: Run,
+    rollouts: Sequence[Rollout],
+    scores: Mapping[int, TeacherScores],
+    teachers: Sequence[int],
+    advantages: Sequence[float],
+    members: Sequence[int],
 ) -> tuple[TrainBatch, dict[str, float]]:
     """This replica's rows, and the global token counts: one per loss component, `trained` by any of them, and
     `dropped` without a score."""
@@ -232,10 +286,11 @@ def train_batch(
         [rollouts[i] for i in members],
         scores,
         members,
-        [0.0] * len(members),
+        [advantages[i] for i in members],
         train.micro_batch_tokens,
         train.packing,
         run.config.run.seed,
+        [teachers[i] for i in members],
     )
     counts = global_counts(run, rows)
     return TrainBatch(rows, {name: max(1.0, counts[name]) for name in run.loss.components}), counts
@@ -271,14 +326,32 @@ def record_rollouts(run: Run, rollouts: Sequence[Rollout], batch: TrainBatch, st
         run.recorder.write_rollouts(run.state.step, rollouts, scores)
 
 
+def reward_metrics(run: Run, rollouts: Sequence[Rollout], passed_over: Sequence[Rollout]) -> dict[str, float]:
+    """Prompts whose responses all got the same reward, of all that were written, and those that were passed over for
+    it; with their totals since the start of the run."""
+    if isinstance(run.config.reward, NoReward):
+        return {}
+    every = [[r[i] for i in members] for r in (rollouts, passed_over) for members in groups(r).values()]
+    found = {"equal_groups": sum(map(says_nothing, every)), "passed_over_groups": len(groups(passed_over))}
+    return {f"reward/{name}": value for name, value in counted(run.state, found).items()}
+
+
+def counted(state: RunState, step: Mapping[str, float]) -> dict[str, float]:
+    """The same numbers, and as ``<name>_total`` their sums since the start of the run, kept in its state."""
+    for name, value in step.items():
+        state.counters[name] = state.counters.get(name, 0.0) + value
+    return {**step, **{f"{name}_total": state.counters[name] for name in step}}
+
+
 def token_metrics(
     state: RunState,
     rollouts: Sequence[Rollout],
+    passed_over: Sequence[Rollout],
     contexts: Sequence[Context],
     counts: Mapping[str, float],
     discarded: int,
 ) -> dict[str, float]:
-    """Tokens of this step, and their totals since the start of the run (kept in its state).
+    """Tokens of this step, and their totals since the start of the run.
 
     `without_context` are those that the teacher was not asked about, `dropped` those whose score did not arrive;
     `discarded` were written, but the stop rule cut them off.
@@ -292,13 +365,8 @@ def token_metrics(
         "without_context": silent,
         "discarded": float(discarded),
     }
-    for name, value in step.items():
-        state.counters[name] = state.counters.get(name, 0.0) + value
-    return {
-        **{f"tokens/{name}": value for name, value in step.items()},
-        "tokens/dropped_share": step["dropped"] / max(1.0, step["trained"] + step["dropped"]),
-        **{f"tokens/{name}_total": state.counters[name] for name in step},
-    }
+    share = step["dropped"] / max(1.0, step["trained"] + step["dropped"])
+    return {**{f"tokens/{name}": value for name, value in counted(state, step).items()}, "tokens/dropped_share": share}
 
 
 def refit_generator(run: Run) -> None:

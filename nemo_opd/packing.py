@@ -50,6 +50,7 @@ def pack(
     capacity: int,
     packing: bool = True,
     seed: int = 0,
+    teachers: Sequence[int] | None = None,
 ) -> tuple[PackedRow, ...]:
     """Lay rollouts into rows.
 
@@ -59,24 +60,21 @@ def pack(
         keys: the key of each rollout in `scores`.
         advantages: the verifier's advantage of each rollout, one number per response.
         seed: of the run; part of each token's `response_key`.
+        teachers: number of each rollout's teacher; rollouts of different teachers never share a row. None: all of one.
 
     Returns:
         At least one row: a replica without work gets a row of one position and no trained token.
     """
     kept = [i for i, rollout in enumerate(rollouts) if len(rollout.response_ids)]
-    lengths = [sequence_length(rollouts[i]) for i in kept]
+    numbers = [0] * len(rollouts) if teachers is None else teachers
     rows = []
-    for members in plan_rows(lengths, capacity, packing):
-        chosen = [kept[m] for m in members]
-        rows.append(
-            _row(
-                [rollouts[i] for i in chosen],
-                [scores.get(keys[i]) for i in chosen],
-                [advantages[i] for i in chosen],
-                tuple(keys[i] for i in chosen),
-                seed,
-            )
-        )
+    for teacher in sorted({numbers[i] for i in kept}):
+        own = [i for i in kept if numbers[i] == teacher]
+        for members in plan_rows([sequence_length(rollouts[i]) for i in own], capacity, packing):
+            chosen = [own[m] for m in members]
+            found, advantage = [scores.get(keys[i]) for i in chosen], [advantages[i] for i in chosen]
+            row = _row([rollouts[i] for i in chosen], found, advantage, tuple(keys[i] for i in chosen), seed)
+            rows.append(replace(row, teacher=teacher))
     return tuple(rows) or (_empty_row(),)
 
 

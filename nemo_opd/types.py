@@ -152,6 +152,8 @@ class ScoreRequest:
     """Global ranks that want the answer (the last pipeline stage of the replica that trains on this rollout)."""
     at_ids: Tensor | None = None
     """int64 [response, k] for `Need.AT_IDS`"""
+    teacher: int = 0
+    """Number of the teacher that is asked, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ class PackedRow:
     tokens: TokenBatch
     keys: tuple[int, ...] = ()
     """Position of each sequence's rollout in the step's global list"""
+    teacher: int = 0
+    """Number of the teacher that scored the row's sequences, where there are several."""
 
 
 TOKEN_SCORES = ("teacher_logprob", "sampled_kl", "kl", "student_entropy", "weight")

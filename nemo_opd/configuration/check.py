@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_opd.config import (
     EXPORT_FOLDER,
@@ -20,19 +19,21 @@ from nemo_opd.config import (
     Config,
     DatasetPrefix,
     LayoutConfig,
-    PeersContext,
-    PrivilegedContext,
-    SamePromptContext,
+    TeacherConfig,
 )
+from nemo_opd.configuration.context_rules import context_rules
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
 from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
+from nemo_opd.configuration.reward_rules import reward_rules
 from nemo_opd.configuration.stop_rules import stop_rules
+from nemo_opd.configuration.teacher_rules import teacher_rules
 from nemo_opd.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.dtype": ("bfloat16", "float32", "float64"),
     "teacher.dtype": ("bfloat16", "float32", "float64"),
     "teacher.engine": ("megatron", "hf", "none"),
+    "teacher.source": ("external", "current", "frozen", "ema"),
     "rollout.engine": ("hf",),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
     "data.on_malformed": ("error", "skip"),
@@ -55,6 +56,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weight.of": ("student", "teacher"),
     "loss.outlier": ("forward_kl", "mask", "clip"),
     **{f"diagnose.{sign}.action": ("ignore", "warn", "stop") for sign in SIGNS},
+    "reward.average": ("tokens", "responses"),
+    "reward.equal_groups": ("keep", "drop", "redraw"),
 }
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -65,6 +68,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher.tensor_model_parallel_size": (1, math.inf),
     "teacher.pipeline_model_parallel_size": (1, math.inf),
     "teacher.micro_batch_tokens": (1, math.inf),
+    "teacher.decay": (0, 1),
+    "teacher.weight": (1e-9, math.inf),
     "data.max_prompt_tokens": (1, math.inf),
     "rollout.samples_per_prompt": (1, math.inf),
     "rollout.max_new_tokens": (1, math.inf),
@@ -105,6 +110,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.entropy_threshold": (0, math.inf),
     "loss.extrapolation": (1e-6, math.inf),
     "loss.low_entropy": (0, math.inf),
+    "reward.weight": (1e-9, math.inf),
+    "reward.loss_weight": (1e-9, math.inf),
+    "reward.clip_low": (1e-6, 1),
+    "reward.clip_high": (1e-6, math.inf),
+    "reward.std_eps": (0, math.inf),
+    "reward.redraws": (1, math.inf),
     "weight.clamp": (1e-6, math.inf),
     "weight.low": (0, math.inf),
     "weight.high": (1e-6, math.inf),
@@ -143,16 +154,20 @@ RANGES: dict[str, tuple[float, float]] = {
 """Inclusive bounds. Here and in CHOICES a key that the chosen slots do not have, or that is null, is passed over."""
 
 
+_Rule = TypeVar("_Rule")
+
+
 def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse what cannot work. Reads small files only; raises ConfigError."""
     for rule in (
         _choices,
         _ranges,
-        _teacher,
+        teacher_rules,
         _written_responses,
         stop_rules,
         prefix_rules,
-        _context,
+        context_rules,
+        reward_rules,
         _served_scores,
         weight_rules,
         _schedule,
@@ -165,19 +180,22 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     _layout("student", config.student, student)
     _vocabulary(config, student)
     models = {"student": student}
-    if config.teacher.engine != "none":
-        models["teacher"] = _scoring_model(config, "model", student)
-    if config.teacher.base_model is not None:
-        models["base"] = _scoring_model(config, "base_model", student)
+    for key, teacher in config.every_teacher().items():
+        if teacher.engine != "none":
+            models[key] = student if teacher.source != "external" else _scoring_model(key, "model", teacher, student)
+        if teacher.base_model is not None:
+            base = "base" if key == "teacher" else f"base of {key}"
+            models[base] = _scoring_model(key, "base_model", teacher, student)
     _lengths(config, models)
     world_size(config, environment)
 
 
 def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> int:
-    """Processes of the run: the launcher's, else `train.processes`, else the smallest number that fits both layouts."""
+    """Processes of the run: the launcher's, else `train.processes`, else the smallest number that fits all layouts."""
     sizes = {"student": model_parallel_size(config.student)}
-    if config.teacher.engine == "megatron":
-        sizes["teacher"] = model_parallel_size(config.teacher)
+    for who, teacher in config.every_teacher().items():
+        if teacher.engine == "megatron" and teacher.source == "external":
+            sizes[who] = model_parallel_size(teacher)
     smallest = math.lcm(*sizes.values())
     launched = launched_processes(environment)
     key, processes = ("WORLD_SIZE", launched) if launched else ("train.processes", config.train.processes or smallest)
@@ -207,43 +225,28 @@ def model_parallel_size(layout: LayoutConfig) -> int:
 
 
 def _choices(config: Config) -> None:
-    for key, choices in CHOICES.items():
-        value = _value(config, key)
+    for key, value, choices in _values(config, CHOICES):
         if value is not None and value not in choices:
             raise ConfigError(key, value, f"one of {', '.join(choices)}", "choose one of these")
 
 
 def _ranges(config: Config) -> None:
-    for key, (low, high) in RANGES.items():
-        value = _value(config, key)
+    for key, value, (low, high) in _values(config, RANGES):
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             expected = f"at least {low:g}" if high == math.inf else f"a value from {low:g} to {high:.12g}"
             raise ConfigError(key, value, expected, "change the value")
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _teacher(config: Config) -> None:
-    loss, teacher = config.loss, config.teacher
-    if loss.needs_teacher and teacher.engine == "none":
-        way_out = "set teacher.engine=megatron and teacher.model, or choose loss=cross_entropy"
-        raise ConfigError("teacher.engine", "none", f"an engine, as loss {loss.name} compares with a teacher", way_out)
-    if not loss.needs_teacher and teacher.engine != "none":
-        way_out = "set teacher.engine=none, or choose a loss that learns from the teacher"
-        raise ConfigError("teacher.engine", teacher.engine, f"none, as loss {loss.name} asks no teacher", way_out)
-    if teacher.engine != "none" and teacher.model is None:
-        way_out = "set teacher.model, or teacher.engine=none with loss=cross_entropy"
-        raise ConfigError("teacher.model", "nothing", "a model folder", way_out)
-    if teacher.engine == "hf" and model_parallel_size(teacher) > 1:
-        way_out = "set both teacher sizes to 1, or teacher.engine=megatron"
-        name = "tensor" if teacher.tensor_model_parallel_size > 1 else "pipeline"
-        got = attrgetter(f"{name}_model_parallel_size")(teacher)
-        raise ConfigError(f"teacher.{name}_model_parallel_size", got, "1, as the hf engine does not split", way_out)
+def _values(config: Config, rules: Mapping[str, _Rule]) -> Iterator[tuple[str, Any, _Rule]]:
+    """(key, value, rule); what is said of `teacher` goes for each of several too."""
+    for key, rule in rules.items():
+        section, _, path = key.partition(".")
+        holders = config.every_teacher() if section == "teacher" else {section: getattr(config, section)}
+        for where, holder in holders.items():
+            value: Any = holder
+            for name in path.split("."):
+                value = getattr(value, name, None)
+            yield f"{where}.{path}", value, rule
 
 
 def _written_responses(config: Config) -> None:
@@ -254,52 +257,13 @@ def _written_responses(config: Config) -> None:
         way_out = "set rollout.samples_per_prompt=1, or prefix=student to let the student write"
         got = config.rollout.samples_per_prompt
         raise ConfigError("rollout.samples_per_prompt", got, "1, as the data set has one response per prompt", way_out)
-    for slot, choice in (("loss", config.loss), ("weight", config.weight)):
+    for slot, choice in (("loss", config.loss), ("reward", config.reward), ("weight", config.weight)):
         if choice.needs_sampler_logprobs:
             way_out = "choose prefix=student, or do without an importance ratio (loss=reverse_kl, weight=unit)"
             expected = (
                 f"a {slot} that does not ask how probable a token was when it was drawn, as the data set wrote it"
             )
             raise ConfigError(f"{slot}.name", choice.name, expected, way_out)
-
-
-def _context(config: Config) -> None:
-    """A context other than the student's own prompt needs a teacher to read it and a conversation to stand in."""
-    context = config.context
-    if isinstance(context, SamePromptContext):
-        return
-    if not config.loss.needs_teacher:
-        expected = f"same_prompt, as loss {config.loss.name} asks no teacher"
-        raise ConfigError("context.name", context.name, expected, "leave it out or choose a loss with a teacher")
-    if not config.data.chat_template:
-        way_out = "set data.chat_template=true, or context=same_prompt"
-        raise ConfigError("data.chat_template", False, f"true, as context {context.name} adds to a message", way_out)
-    if isinstance(context, PrivilegedContext):
-        _privileged(context)
-    if isinstance(context, PeersContext):
-        _peers(config, context)
-
-
-def _privileged(context: PrivilegedContext) -> None:
-    if (context.field is None) == (context.text is None):
-        got = "nothing" if context.field is None else "a field besides context.text"
-        expected = "either a field of the records or one text for all"
-        raise ConfigError("context.field", got, expected, "set context.field or context.text, not both")
-    if context.template.count("{privileged}") != 1:
-        way_out = 'for example context.template="A correct answer is {privileged}"'
-        raise ConfigError("context.template", repr(context.template), "{privileged} exactly once", way_out)
-
-
-def _peers(config: Config, context: PeersContext) -> None:
-    if config.rollout.samples_per_prompt < 2:
-        got, expected = config.rollout.samples_per_prompt, "at least 2, as peers are other rollouts of the same prompt"
-        raise ConfigError("rollout.samples_per_prompt", got, expected, "set it to 8, for example")
-    if config.verify.name == "none":
-        way_out = "set verify.name (exact, integer, math, ...), or context=same_prompt"
-        raise ConfigError("verify.name", "none", "a verifier, as peers are chosen by their reward", way_out)
-    if context.variant == "unrelated_prompt" and config.train.prompts_per_step < 2:
-        got, expected = config.train.prompts_per_step, "at least 2, as peers come from another prompt of the step"
-        raise ConfigError("train.prompts_per_step", got, expected, "raise it or choose another context.variant")
 
 
 def _served_scores(config: Config) -> None:
@@ -370,15 +334,15 @@ def _data_files(config: Config) -> None:
             raise ConfigError(key, path, "a name in .jsonl or .parquet, or a folder", "convert or rename the file")
 
 
-def _scoring_model(config: Config, name: str, student: ModelSizes) -> ModelSizes:
-    """Of the teacher or its base: read, found to fit the layout and to know every token of the student."""
-    key, megatron = f"teacher.{name}", config.teacher.engine == "megatron"
-    sizes = read_model_sizes(key, Path(str(getattr(config.teacher, name))), convertible=megatron)
+def _scoring_model(key: str, name: str, teacher: TeacherConfig, student: ModelSizes) -> ModelSizes:
+    """Of a teacher or its base: read, found to fit the layout and to know every token of the student."""
+    megatron = teacher.engine == "megatron"
+    sizes = read_model_sizes(f"{key}.{name}", Path(str(getattr(teacher, name))), convertible=megatron)
     if megatron:
-        _layout("teacher", config.teacher, sizes)
+        _layout(key, teacher, sizes)
     if sizes.vocabulary < student.vocabulary:
         got, expected = f"a vocabulary of {sizes.vocabulary}", f"at least the student's {student.vocabulary}"
-        raise ConfigError(key, got, expected, "use a teacher that knows every token of the student")
+        raise ConfigError(f"{key}.{name}", got, expected, "use a teacher that knows every token of the student")
     return sizes
 
 
@@ -431,10 +395,11 @@ def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
                 raise ConfigError(key, got, expected, "lower it or data.max_prompt_tokens")
     inserted = getattr(config.context, "max_tokens", 0)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if inserted and "teacher" in models and longest + inserted > (models["teacher"].positions or math.inf):
-        got = f"{inserted} besides up to {longest} of prompt and response"
-        expected = f"together at most the {models['teacher'].positions} positions of the teacher"
-        raise ConfigError("context.max_tokens", got, expected, "lower it")
+    for who, model in models.items():
+        if inserted and who != "student" and longest + inserted > (model.positions or math.inf):
+            got = f"{inserted} besides up to {longest} of prompt and response"
+            expected = f"together at most the {model.positions} positions of the {who}"
+            raise ConfigError("context.max_tokens", got, expected, "lower it")
 
 
 def _divisors(number: int) -> list[int]:

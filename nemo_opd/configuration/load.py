@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,12 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_opd.algorithms import ALGORITHMS
-from nemo_opd.config import MISSING, REFUSED_LOSSES, SLOTS, Config
+from nemo_opd.config import MISSING, REFUSED_LOSSES, SLOTS, Config, OneOfSeveral
 from nemo_opd.configuration.check import check
 from nemo_opd.configuration.strict_yaml import parse_scalar, read_yaml
 from nemo_opd.errors import ConfigError
 
 COMMAND_LINE = "command line"
+NAMED: dict[str, type] = {"teachers": OneOfSeveral}
+"""Sections that hold sections of this kind, under names that the recipe chooses."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Setting:
     value: Any
     where: str
 
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 Layer = dict[str, Setting]
 """Settings by dotted key."""
@@ -57,7 +62,7 @@ def load(recipe: Path | None, overrides: Sequence[str] = (), *, checked: bool = 
     layers.insert(0, {f"{slot}.name": Setting(_default_name(slot), "default") for slot in SLOTS})
     names = {slot: _slot_name(slot, layers) for slot in SLOTS}
     settings = _merged(layers)
-    config = _typed(settings, names)
+    config = _typed(settings, names, _named_sections(settings))
     if checked:
         try:
             check(config)
@@ -103,7 +108,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """Dotted keys with their values; a bare word for a slot becomes its name."""
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and (value or key in NAMED):
             yield from _flat(value, f"{key}.")
         elif key in SLOTS and isinstance(value, str):
             yield f"{key}.name", value
@@ -143,12 +148,33 @@ def _merged(layers: Sequence[Layer]) -> Layer:
     return merged
 
 
-def _typed(settings: Layer, names: Mapping[str, str]) -> Config:
+def _named_sections(settings: Layer) -> dict[str, type]:
+    """The sections that the recipe named, by key: ``teachers.math``.
+
+    Raises:
+        ConfigError: a name that is no word.
+    """
+    found = {}
+    for key, setting in settings.items():
+        section, _, rest = key.partition(".")
+        if section in NAMED and rest:
+            name = rest.partition(".")[0]
+            if not _NAME.fullmatch(name):
+                raise ConfigError(_place(key, setting), name, "a name of letters, digits, _ and -", "choose another")
+            found[f"{section}.{name}"] = NAMED[section]
+    return found
+
+
+def _typed(settings: Layer, names: Mapping[str, str], members: Mapping[str, type]) -> Config:
     """Put the settings into the schema, which refuses unknown keys and wrong types."""
     tree: DictConfig = OmegaConf.structured(Config)
     for slot, name in names.items():
         tree[slot] = OmegaConf.structured(SLOTS[slot][name])
-    fields = dict(_fields(Config, names))
+    fields = {key: kind for key, kind in _fields(Config, names) if key not in NAMED}
+    for member, schema in members.items():
+        section, name = member.split(".")
+        tree[section][name] = OmegaConf.structured(schema)
+        fields |= _fields(schema, names, f"{member}.")
     for key, setting in settings.items():
         if key not in fields:
             raise _unknown(key, setting, fields, names)

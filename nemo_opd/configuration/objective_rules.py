@@ -24,6 +24,10 @@ def prefix_rules(config: Config) -> None:
         if config.teacher.engine == "none":
             way_out = "set teacher.model and a loss that compares with it, or prefix=student"
             raise ConfigError("prefix.name", prefix.name, "student or dataset, as there is no teacher", way_out)
+        if config.teachers or config.teacher.source != "external":
+            got = "several teachers" if config.teachers else f"teacher.source={config.teacher.source}"
+            expected = f"student or dataset with {got}, as one external teacher is who writes"
+            raise ConfigError("prefix.name", prefix.name, expected, "set prefix=student, or teacher.model alone")
         if not isinstance(config.context, SamePromptContext):
             expected = f"student with context {config.context.name}, as the teacher writes to the student's prompt"
             raise ConfigError("prefix.name", prefix.name, expected, "choose prefix=student or context=same_prompt")
@@ -57,13 +61,15 @@ def weight_rules(config: Config) -> None:
 
 def _base(config: Config) -> None:
     """A base model is read by losses that compare the teacher with it, and by no other."""
-    loss, base = config.loss, config.teacher.base_model
-    if loss.needs_base and base is None:
-        expected = f"a model folder, as loss {loss.name} compares the teacher with the model it was trained from"
-        raise ConfigError("teacher.base_model", "nothing", expected, "set teacher.base_model, or choose another loss")
-    if base is not None and not loss.needs_base:
-        way_out = "leave it out, or choose loss=extrapolated"
-        raise ConfigError("teacher.base_model", base, f"nothing, as loss {loss.name} does not look at it", way_out)
+    loss = config.loss
+    for key, teacher in config.every_teacher().items():
+        base = teacher.base_model
+        if loss.needs_base and base is None:
+            expected = f"a model folder, as loss {loss.name} compares the teacher with the model it was trained from"
+            raise ConfigError(f"{key}.base_model", "nothing", expected, f"set {key}.base_model, or choose another loss")
+        if base is not None and not loss.needs_base:
+            way_out = "leave it out, or choose loss=extrapolated"
+            raise ConfigError(f"{key}.base_model", base, f"nothing, as loss {loss.name} does not look at it", way_out)
 
 
 def _importance(config: Config) -> None:

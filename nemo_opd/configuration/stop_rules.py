@@ -25,6 +25,12 @@ def _trap(config: Config, stop: TrapStop) -> None:
     if not config.loss.needs_teacher:
         expected = f"default or fixed, as loss {config.loss.name} asks no teacher"
         raise ConfigError("stop.name", stop.name, expected, "leave it out or choose a loss with a teacher")
+    if config.teachers:
+        expected = "default or fixed with several teachers, as the rule asks one"
+        raise ConfigError("stop.name", stop.name, expected, "leave it out, or name one teacher in `teacher`")
+    if config.teacher.source != "external" and stop.divergence == "full":
+        expected = f"tail with teacher.source={config.teacher.source}, whose output layer is no file"
+        raise ConfigError("stop.divergence", stop.divergence, expected, "set stop.divergence=tail")
     if stop.warmup_samples > stop.history:
         expected = f"at most stop.history ({stop.history}), or the rule never becomes active"
         raise ConfigError("stop.warmup_samples", stop.warmup_samples, expected, "lower it")

@@ -96,7 +96,7 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """A frozen teacher."""
+    """A teacher. What it says may change between steps (a teacher that follows the student), never within one."""
 
     def score(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
         """Score every response at temperature 1; yield to each rank the answers of which it is a consumer.

@@ -21,11 +21,13 @@ from nemo_opd.losses import (  # noqa: F401 - they register themselves
     stop_gradient,
     tail,
     trust_region,
+    verifier_policy_gradient,
 )
 from nemo_opd.losses.base import DistillationLoss, DistributionLoss, SampledTokenLoss
 from nemo_opd.losses.by_author import for_prefix
 from nemo_opd.losses.registry import LOSSES, WEIGHTS, build_loss, build_weight
 from nemo_opd.losses.weights import TokenWeight
+from nemo_opd.losses.with_reward import with_reward
 
 __all__ = [
     "LOSSES",
@@ -37,4 +39,5 @@ __all__ = [
     "build_loss",
     "build_weight",
     "for_prefix",
+    "with_reward",
 ]

@@ -55,10 +55,16 @@ class DistillationLoss(Loss):
     """What it looks at, if it is a loss of a few log-probabilities per token."""
     parts: tuple[Part, ...] = ()
     """See `nemo_opd.losses.by_author`."""
+    coefficients: Mapping[str, float] = {}
+    """Factor on a component, 1 where none is named. Not on its token count."""
+    unweighted: frozenset[str] = frozenset()
+    """Components to which the weight slot does not apply."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shard: VocabShard | None = None
+        self.beside: DistillationLoss | None = None
+        """A loss of the written token that is part of this one, on the same logits; see `losses.with_reward`."""
 
     @property
     @abstractmethod
@@ -200,7 +206,7 @@ class DistillationLoss(Loss):
         total = student.logits.sum() * 0
         for name, loss in losses.items():
             counts = masks[name] & (valid if mask is None else mask.bool())
-            total = total + torch.where(counts, loss, 0.0).sum() / counts.sum().clamp(min=1)
+            total = total + self.coefficients.get(name, 1.0) * _mean(loss, counts)
         # Whoever differentiates on several ranks counts the loss once per rank: see nemo_opd.vocab.collectives.
         size = student.shard.size
         return total / size + (total * (1 - 1 / size)).detach()
@@ -270,6 +276,10 @@ class SampledTokenLoss(DistillationLoss):
     ) -> Evaluation:
         assert student.written is not None
         return Evaluation(self.sampled_losses(student.written, tokens, prepared))
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 def finite_scores(tokens: TokenBatch) -> Tensor:

@@ -52,15 +52,26 @@ class Chunk:
     """int64 [any], the tokens on which the overlap of top sets is measured"""
 
     def weights(self, scores: SampledScores) -> tuple[dict[str, Tensor], Metrics]:
-        """For each component the factor of every token's loss (mask x weight), and the weight's metrics."""
+        """For each component the factor of every token's loss (mask x weight x coefficient); the weight's metrics."""
         factors, metrics = self.factors, {}  # type: Tensor | None, Mapping[str, tuple[Tensor, Tensor]]
         if factors is None and self.weighting is not None:
             factors, metrics = self.weighting.factors(scores, self.tokens)
         dtype = self.student.dtype
-        weights = {name: mask.to(dtype) for name, mask in self.masks.items()}
-        if factors is not None:
-            weights = {name: torch.where(mask, factors.to(dtype), 0.0) for name, mask in self.masks.items()}
+        weights = {}
+        for name, mask in self.masks.items():
+            weight = mask.to(dtype)
+            if factors is not None and name not in self.objective.unweighted:
+                weight = torch.where(mask, factors.to(dtype), 0.0)
+            weights[name] = weight * self.objective.coefficients.get(name, 1.0)
         return weights, dict(metrics)
+
+    def total(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        """The chunk's share of the scalar that is differentiated: ``scale x sum of w l / normaliser``."""
+        total = self.student.new_zeros(())
+        for name, loss in losses.items():
+            factor = weights[name] * (self.scale / self.normalisers[name])
+            total = total + (factor * torch.where(self.masks[name], loss, 0.0)).sum()
+        return total
 
     def scores(self, found: Statistics) -> SampledScores:
         """What is known of the written tokens."""

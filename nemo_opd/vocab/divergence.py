@@ -24,8 +24,9 @@ from torch import Tensor
 from nemo_opd.vocab import collectives
 from nemo_opd.vocab.chunk import Chunk, ChunkResult, Method, standard_metrics
 from nemo_opd.vocab.kernels import kernels_for
-from nemo_opd.vocab.objective import FullDivergence
+from nemo_opd.vocab.objective import Evaluation, FullDivergence
 from nemo_opd.vocab.statistics import Scratch, Statistics, combine, local_statistics, row_blocks, row_dot
+from nemo_opd.vocab.support import FewLogProbs
 
 TINY = 1e-37
 """Least probability, and least ratio of probabilities, whose logarithm is taken: it is then multiplied by a probability
@@ -55,18 +56,48 @@ def divergence_chunk(chunk: Chunk, spec: FullDivergence) -> Method:
     value, inner = _value(found, sums, spec)
     scores = chunk.scores(found)
     weights, metrics = chunk.weights(scores)
-    (name,) = chunk.objective.components
+    name = chunk.objective.components[0]
+    beside, pull = _beside(chunk, found, weights)
     if chunk.gradient:
         coefficient = weights[name] * (chunk.scale / chunk.normalisers[name])
         coefficient = torch.where(chunk.masks[name], coefficient, 0.0)
+        if pull is not None:
+            inner, coefficient = _with_pull(inner, coefficient, pull)
         _gradient(chunk, found, maxima, inner, coefficient, spec)
+        if pull is not None:
+            columns, here = chunk.shard.local(chunk.tokens.ids)
+            if student.shape[1]:
+                student.scatter_add_(1, columns.unsqueeze(1), torch.where(here, pull, 0.0).unsqueeze(1))
     return ChunkResult(
-        losses={name: value},
+        losses={name: value, **beside.losses},
         weights=weights,
         masks=chunk.masks,
-        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **metrics},
+        metrics={**standard_metrics(scores, found.kl, chunk.tokens), **metrics, **beside.metrics},
         dlogits=student if chunk.gradient else None,
     )
+
+
+def _beside(chunk: Chunk, found: Statistics, weights: dict[str, Tensor]) -> tuple[Evaluation, Tensor | None]:
+    """The losses of the written token that stand beside the divergence, and dL/dlog p(y) [tokens] of their sum."""
+    if chunk.objective.beside is None:
+        return Evaluation({}), None
+    with torch.enable_grad():
+        leaves = FewLogProbs(None, None, found.student_written).as_leaves(chunk.gradient)
+        evaluation = chunk.objective.beside.evaluate_few(leaves, None, None, chunk.tokens, None)
+        total = chunk.total(evaluation.losses, weights)
+    pull = leaves.gradients(total).written if chunk.gradient else None
+    return Evaluation({name: loss.detach() for name, loss in evaluation.losses.items()}, evaluation.metrics), pull
+
+
+_LEAST_SHARE = 1e-15
+"""Of a divergence that does not count, in the gradient of a token whose written token does: below any rounding."""
+
+
+def _with_pull(inner: Tensor, coefficient: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    """(inner, coefficient) for which ``coefficient (p G - p inner)`` has ``- pull p`` in it: dlog p_y / dz_u is
+    [u = y] - p_u, and the part with p_u takes no pass of its own this way."""
+    coefficient = torch.where(coefficient == 0.0, pull.abs() * _LEAST_SHARE, coefficient)
+    return inner + torch.where(pull == 0.0, 0.0, pull / coefficient), coefficient
 
 
 def _value(found: Statistics, sums: Tensor | None, spec: FullDivergence) -> tuple[Tensor, Tensor]:
@@ -164,7 +195,7 @@ def eager_gradient(
         if spec.kind == "reverse":
             first.mul_(second.add_(shift[rows].unsqueeze(1)).mul_(p_scale[rows].unsqueeze(1)))
         elif spec.kind == "forward":
-            first.mul_(p_scale[rows].unsqueeze(1)).sub_(second.mul_(q_scale[rows].unsqueeze(1)))
+            first.mul_((p_scale * -inner)[rows].unsqueeze(1)).sub_(second.mul_(q_scale[rows].unsqueeze(1)))
         elif spec.kind == "skew_forward":
             torch.sub(second, first.mul_(inner[rows].unsqueeze(1)), out=first).mul_(coefficient[rows].unsqueeze(1))
         else:

@@ -57,10 +57,8 @@ def _teacher(chunk: Chunk) -> LogitsView | PartialView | None:
 def _gradient(chunk: Chunk, evaluation: Evaluation, weights: dict[str, Tensor]) -> Tensor | None:
     if not chunk.gradient:
         return None
-    total = chunk.student.new_zeros(())
-    for name, loss in evaluation.losses.items():
-        total = total + (weights[name] / chunk.normalisers[name] * torch.where(chunk.masks[name], loss, 0.0)).sum()
+    total = chunk.total(evaluation.losses, weights)
     if not total.requires_grad:
         return None
     # Each rank differentiates the sum of all ranks' losses, which are equal: see nemo_opd.vocab.collectives.
-    return torch.autograd.grad(total * (chunk.scale / chunk.shard.size), chunk.student)[0]
+    return torch.autograd.grad(total / chunk.shard.size, chunk.student)[0]

@@ -80,7 +80,13 @@ class Objective(Protocol):
     few: FewNumbers | None
     needs: TeacherNeeds
     zero_at_match: bool
+    beside: Objective | None
+    """A loss of the written token alone that is part of this one. Its components come after the divergence's."""
     components: tuple[str, ...]
+    coefficients: Mapping[str, float]
+    """Factor on a component's loss, where it is not 1."""
+    unweighted: frozenset[str]
+    """Components that a `Weighting` leaves alone."""
     parts: tuple[Part, ...]
     """Losses that share the tokens of a row between them; if there are any, nothing else here is asked."""
     metric_names: tuple[str, ...]

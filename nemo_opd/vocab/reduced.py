@@ -64,10 +64,7 @@ def reduced_chunk(chunk: Chunk, spec: FewNumbers) -> Method:
     with torch.enable_grad():
         leaves = student.as_leaves(chunk.gradient)
         evaluation = chunk.objective.evaluate_few(leaves, teacher, support, chunk.tokens, prepared)
-        total = chunk.student.new_zeros(())
-        for name, loss in evaluation.losses.items():
-            factor = weights[name] * (chunk.scale / chunk.normalisers[name])
-            total = total + (factor * torch.where(chunk.masks[name], loss, 0.0)).sum()
+        total = chunk.total(evaluation.losses, weights)
     if chunk.gradient:
         _gradient(chunk, found, support, leaves, leaves.gradients(total))
     return ChunkResult(

@@ -131,7 +131,7 @@ def _gradient(
             if MODE == 0:  # noqa: SIM108 - a compile-time branch
                 result = tl.exp(log_p) * (log_p - log_q - centre)
             else:
-                result = tl.exp(log_p) - tl.exp(log_q)
+                result = -centre * tl.exp(log_p) - tl.exp(log_q)
         else:
             log_p, log_q, p, q, log_m = _log_parts(student, teacher, offsets, inside, own_p, own_q, share)
             if MODE == 2:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_opd.config import SlotConfig
+from nemo_opd.config import GroupRelativeReward, SlotConfig
 from nemo_opd.types import Author, TokenBatch
 from tests.helpers.losses import Answer, Case, Data, make_data
 
@@ -227,12 +227,21 @@ def minillm(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tens
     return ratio.detach() * _kl(z.softmax(1), zt.softmax(1)) - gain
 
 
+def verifier_policy_gradient(z: Tensor, zt: Tensor, tokens: TokenBatch, slot: SlotConfig) -> Tensor:
+    """`slot` is the reward's; without one nothing is clipped."""
+    ratio = torch.exp(_at(z.log_softmax(1), tokens.ids) - tokens.sampler_logprobs)
+    low, high = (getattr(slot, name, None) for name in ("clip_low", "clip_high"))
+    clipped = torch.clip(ratio, 0.0 if low is None else 1 - low, None if high is None else 1 + high)
+    advantage = tokens.advantage.nan_to_num(0.0)
+    return torch.where(advantage > 0, torch.minimum(ratio, clipped), torch.maximum(ratio, clipped)) * -advantage
+
+
 REFERENCES: dict[str, Reference] = {
     f.__name__: f
     for f in (
         reverse_kl, forward_kl, jsd, skew_forward_kl, skew_reverse_kl, stop_gradient, tail, renormalised,
         head_plus_sample, naive, k2, policy_gradient, cross_entropy, trust_region, entropy_aware,
-        minillm, extrapolated,
+        minillm, extrapolated, verifier_policy_gradient,
     )
 }  # fmt: skip
 NO_TEACHER = {"cross_entropy"}
@@ -286,11 +295,18 @@ def reference_answer(case: Case) -> Answer:
     """Loss and gradients of the whole batch by plain autograd."""
     data = make_data(case.batch)
     hidden, weight = data.hidden.clone().requires_grad_(), data.weight.clone().requires_grad_()
+    reward, rewarded = case.reward, data.tokens.advantage.isfinite() & data.tokens.sampler_logprobs.isfinite()
+    alone, beside = case.loss.name == "verifier_policy_gradient", isinstance(reward, GroupRelativeReward)
     total = 0 * hidden.sum() + 0 * weight.sum()
-    for mine, name, factor, weighted in _shares(case, data.tokens):
+    for mine, name, factor, weighted in () if alone else _shares(case, data.tokens):
         losses = REFERENCES[name](hidden @ weight.T, data.teacher_logits, data.tokens, case.loss)
         counts = mine if name in NO_TEACHER else mine & data.tokens.teacher_valid
         factors = weight_of(case, data) if weighted else torch.ones_like(losses)
+        factor = factor * reward.loss_weight if beside else factor
         total = total + factor * (factors * losses)[counts].sum() / max(1, int(counts.sum()))
+    if alone or beside:
+        losses = verifier_policy_gradient(hidden @ weight.T, data.teacher_logits, data.tokens, reward)
+        factor = reward.weight if beside else 1.0
+        total = total + factor * losses[rewarded].sum() / max(1, int(rewarded.sum()))
     dhidden, dweight = torch.autograd.grad(total, (hidden, weight))
     return Answer(float(total.detach()), dhidden, dweight, {})

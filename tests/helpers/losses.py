@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_opd.config import SlotConfig, StudentPrefix, UnitWeight
+from nemo_opd.config import NoReward, SlotConfig, StudentPrefix, UnitWeight
 from nemo_opd.types import Author, Need, TokenBatch
 
 
@@ -59,7 +59,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss and a weight on a batch."""
+    """A loss, a weight and a reward on a batch."""
 
     loss: SlotConfig
     weight: SlotConfig = field(default_factory=UnitWeight)
@@ -67,6 +67,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     """More keyword arguments of `fused_loss`."""
     prefix: SlotConfig = field(default_factory=StudentPrefix)
+    reward: SlotConfig = field(default_factory=NoReward)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def make_data(batch: Batch) -> Data:
     elif batch.lost == "all":
         valid[:] = False
     others = offset < batch.begun
+    advantage = torch.from_numpy(rng.normal(size=count)).to(batch.dtype)
+    advantage[2::7] = torch.nan  # of a response that has none
     tokens = TokenBatch(
         position=torch.arange(count),
         ids=ids,
@@ -122,7 +125,7 @@ def make_data(batch: Batch) -> Data:
         author=torch.where(others, int(batch.author), int(Author.STUDENT)).to(torch.int8),
         policy_version=torch.zeros(count, dtype=torch.int64),
         sampler_logprobs=sampler.masked_fill(others, torch.nan),
-        advantage=torch.from_numpy(rng.normal(size=count)).to(batch.dtype),
+        advantage=advantage,
         teacher_valid=valid,
         response_key=0x9E3779B97F4A7 * (sequence + 1) % 2**52,
     )
@@ -213,13 +216,13 @@ def _as_tensors(value: Any) -> Any:
 
 
 def solve_one(rank: int, case: Case, layout: Layout) -> dict[str, Any]:
-    from nemo_opd.losses import build_loss, build_weight, for_prefix
+    from nemo_opd.losses import build_loss, build_weight, for_prefix, with_reward
     from nemo_opd.vocab.collectives import counted
     from nemo_opd.vocab.fused import OutputLayer, fused_loss
     from nemo_opd.vocab.shard import VocabShard, dense_shard, reshard_rows
 
     data, weight = make_data(case.batch), build_weight(case.weight)
-    loss = for_prefix(build_loss(case.loss), case.prefix)
+    loss = for_prefix(with_reward(build_loss(case.loss), case.reward), case.prefix)
     tp_group, cp_group = group_of(rank, layout)
     tokens = with_payload(data, loss.needs.need, loss.needs.k or case.batch.k)
     masks = loss.component_masks(tokens)

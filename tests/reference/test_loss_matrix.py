@@ -18,6 +18,7 @@ from nemo_opd.config import (
     EntropyWeight,
     ExtrapolatedLoss,
     ForwardKLLoss,
+    GroupRelativeReward,
     HeadPlusSampleLoss,
     IcePopWeight,
     JSDLoss,
@@ -36,6 +37,7 @@ from nemo_opd.config import (
     TeacherPrefix,
     TruncatedImportanceWeight,
     TrustRegionLoss,
+    VerifierPolicyGradientLoss,
 )
 from nemo_opd.types import Author
 from tests.helpers.loss_reference import reference_answer
@@ -77,6 +79,7 @@ LOSSES = [
     ExtrapolatedLoss(extrapolation=1.5, low_entropy=2.5, importance_ratio="none"),
     MiniLLMLoss(),
     MiniLLMLoss(discount=0.9, length_normalised=False, clip_ratio=None),
+    VerifierPolicyGradientLoss(),
 ]
 WEIGHTED = [
     Case(ReverseKLLoss(), TruncatedImportanceWeight(clamp=1.1)),
@@ -100,8 +103,17 @@ BY_AUTHOR = [
         prefix=MixedPrefix(loss="cross_entropy", loss_weight=0.2),
     ),
 ]  # fmt: skip
+REWARD = GroupRelativeReward(weight=0.7, loss_weight=0.3, clip_low=0.2, clip_high=0.4)
+REWARDED = [
+    *[Case(loss, reward=REWARD) for loss in (ReverseKLLoss(), ForwardKLLoss(), SkewForwardKLLoss(), TailLoss(k=K))],
+    Case(JSDLoss(beta=0.3), TruncatedImportanceWeight(clamp=1.1), reward=REWARD),
+    Case(SkewReverseKLLoss(), SequenceImportanceWeight(low=0.8, high=1.2), reward=REWARD),
+    Case(PolicyGradientLoss(discount=0.9), reward=REWARD),
+    Case(CrossEntropyLoss(), reward=REWARD),
+    Case(VerifierPolicyGradientLoss(), reward=GroupRelativeReward(weight=2.0, clip_low=None, clip_high=0.1)),
+]
 GENERIC = (("hand_written", False),)
-CASES = [Case(loss) for loss in LOSSES] + WEIGHTED + BY_AUTHOR
+CASES = [Case(loss) for loss in LOSSES] + WEIGHTED + BY_AUTHOR + REWARDED
 THROUGH_AUTOGRAD = [replace(case, options=GENERIC) for case in CASES]
 
 # tp, dp, cp, chunk, micro_batches, packed, pad_to
@@ -147,7 +159,7 @@ def check(pool, jobs):
     shares = pool.run(solve, jobs, timeout=900.0)
     references = {}
     for i, (case, layout) in enumerate(jobs):
-        key = repr((case.loss, case.weight, case.batch, case.prefix))
+        key = repr((case.loss, case.weight, case.batch, case.prefix, case.reward))
         if key not in references:
             references[key] = reference_answer(case)
         got, expected = assemble(case, layout, [s[i] for s in shares]), references[key]

@@ -41,6 +41,22 @@ def test_tokens_point_at_the_position_that_predicts_them():
     assert set(row.tokens.advantage.tolist()) == {0.5, -1.0, 2.0}
 
 
+def test_rollouts_of_different_teachers_share_no_row():
+    rollouts = [make_rollout(index, 4) for index in range(5)]
+    widths = (2, 3)
+    teachers = [0, 1, 0, 1, 1]
+    scores = {
+        i: TeacherScores(i, torch.ones(4, dtype=torch.bool), hidden=torch.full((4, widths[teachers[i]]), float(i)))
+        for i in range(5)
+    }
+    rows = pack(rollouts, scores, range(5), [0.0] * 5, capacity=64, teachers=teachers)
+    assert [row.teacher for row in rows] == [0, 1]
+    for row in rows:
+        assert row.tokens.teacher_hidden is not None and row.tokens.teacher_hidden.shape[1] == widths[row.teacher]
+        found = set(row.tokens.teacher_hidden[:, 0].tolist())
+        assert found == {float(i) for i in range(5) if teachers[i] == row.teacher and rollouts[i].loss_mask.any()}
+
+
 def test_teacher_rows_follow_their_tokens():
     rollouts = [make_rollout(0, 5), make_rollout(1, 7)]
     scores = {

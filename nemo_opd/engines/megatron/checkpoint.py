@@ -1,4 +1,4 @@
-"""Model, optimizer and schedule through `megatron.core.dist_checkpointing`.
+"""Model, optimizer, schedule and an averaged teacher through `megatron.core.dist_checkpointing`.
 
 Every rank writes its own shards; they can be read back under another layout. Saving starts a helper process, so a
 program that saves needs its ``if __name__ == "__main__"`` guard.
@@ -16,7 +16,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.model import HiddenStateModel
+from nemo_opd.errors import ConfigError
 
 _OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
 """What an optimizer's parameter groups hold of the recipe. The rest of a group is set by the schedule, or is state."""
@@ -24,34 +26,48 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 def save(
-    folder: Path, model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+    folder: Path,
+    model: HiddenStateModel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    average: WeightAverage | None = None,
 ) -> None:
     """Write into an existing empty folder. Collective; returns when every rank has written."""
     with cpu.megatron_device():
-        dist_checkpointing.save(_sharded_state(model, optimizer, schedule, is_loading=False), str(folder))
+        dist_checkpointing.save(_sharded_state(model, optimizer, schedule, average, is_loading=False), str(folder))
         dist.barrier()
 
 
 def load(
-    folder: Path, model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+    folder: Path,
+    model: HiddenStateModel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    average: WeightAverage | None = None,
 ) -> None:
     """Read what `save` wrote, under this or another layout. Collective.
 
     Learning rates, weight decay and Adam's constants stay those that `optimizer` and `schedule` were built with: a
     resumed run follows its recipe, which may have changed.
 
-    Raises ValueError when the folder is not such a checkpoint.
+    Raises ValueError when the folder is not such a checkpoint, ConfigError when it has no average to go on with.
     """
     _require_checkpoint(folder)
+    if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(folder))):
+        way_out = "start a new run folder, or go on with the teacher that the run began with"
+        raise ConfigError("teacher.source", f"ema, and no average in {folder}", "a run that began with it", way_out)
     recipe = [{name: group[name] for name in _OF_THE_RECIPE} for group in optimizer.param_groups]
     with cpu.megatron_device():
-        state = dist_checkpointing.load(_sharded_state(model, optimizer, schedule, is_loading=True), str(folder))
+        wanted = _sharded_state(model, optimizer, schedule, average, is_loading=True)
+        state = dist_checkpointing.load(wanted, str(folder))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, recipe, strict=True):
             group.update(values)
         schedule.num_steps = 0  # its `load_state_dict` adds the stored number of steps
         schedule.load_state_dict(state["schedule"])
+        if average is not None:
+            average.load_state(state["average"])
         dist.barrier()
 
 
@@ -77,10 +93,15 @@ def _metadata(model: HiddenStateModel) -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: HiddenStateModel, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, is_loading: bool
+    model: HiddenStateModel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    average: WeightAverage | None,
+    is_loading: bool,
 ) -> dict[str, Any]:
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
     with torch.no_grad():
         states = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return {"model": weights, "optimizer": states, "schedule": schedule.state_dict()}
+    state = {"model": weights, "optimizer": states, "schedule": schedule.state_dict()}
+    return state if average is None else {**state, "average": average.sharded_state(metadata)}

@@ -1,4 +1,4 @@
-"""A frozen teacher on Megatron-core, in its own TP x PP x DP layout over the student's processes.
+"""A teacher on Megatron-core, in its own TP x PP x DP layout over the student's processes (or in the student's own).
 
 Requests are spread over the teacher's data-parallel replicas by length, packed into rows, run through Megatron's
 forward-only schedule, and answered where the student's loss needs them. Every rank computes the same plan, so answers
@@ -26,7 +26,7 @@ from torch import Tensor
 from nemo_opd.config import Config
 from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.exchange import Message, exchange
-from nemo_opd.engines.megatron.families import read_architecture
+from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups
 from nemo_opd.engines.requests import check_needs, check_request
@@ -67,35 +67,31 @@ class MegatronScorer:
 
     Args:
         config: the recipe; `teacher`, `student` (its layout and vocabulary) and `run.seed` are read.
+        model: a model on the student's layout that scores as it stands at each call, in place of `teacher.model`.
 
     Raises:
         ConfigError: no teacher model, an unsupported checkpoint, a layout that does not divide, or a student whose
             vocabulary is larger than the teacher's.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, model: HiddenStateModel | None = None) -> None:
         init_distributed()
-        teacher = config.teacher
-        if teacher.model is None:
-            raise ConfigError("teacher.model", None, "a folder in Hugging Face format", "name the teacher")
-        self._dtype = dtype_of(teacher.dtype, "teacher.dtype")
+        student, teacher = config.student, config.teacher
         self._row_tokens = teacher.micro_batch_tokens
-        self._vocab_size = read_architecture(config.student.model).vocab_size
+        architecture = read_architecture(student.model)
+        self._vocab_size = architecture.vocab_size
         # Some of Megatron's layers look into its global state even when they are given their groups.
-        student_groups(Layout.of(config.student, "student"), config.run.seed)
-        self.layout = Layout.of(teacher, "teacher")
-        groups = teacher_groups(self.layout)
-        model, architecture = build_model(teacher.model, teacher, self.layout, groups, self._dtype, "teacher")
-        if architecture.vocab_size < self._vocab_size:
-            raise ConfigError(
-                "student.model",
-                f"a vocabulary of {self._vocab_size}",
-                f"at most the teacher's {architecture.vocab_size}",
-                "use a teacher that knows every token of the student",
-            )
+        student_groups(Layout.of(student, "student"), config.run.seed)
+        if model is None:
+            self.layout = Layout.of(teacher, "teacher")
+            model, architecture = _external(config, self.layout)
+            model.requires_grad_(False).eval()
+        else:
+            self.layout = Layout.of(student, "student")
+        self._dtype = model.config.params_dtype
         self._teacher_vocab_size, self._hidden_size = architecture.vocab_size, architecture.hidden_size
         self._max_positions = architecture.max_position_embeddings
-        self._model: HiddenStateModel | None = model.requires_grad_(False).eval()
+        self._model: HiddenStateModel | None = model
         self._schedule = _forward_only(model, self.layout)
 
     def score(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
@@ -226,6 +222,23 @@ class MegatronScorer:
             return TeacherScores(request.key, valid, sampled_logprobs=first.squeeze(1))
         ids = payload[1] if needs.need is Need.TOP_K else request.at_ids
         return TeacherScores(request.key, valid, ids=ids, id_logprobs=first)
+
+
+def _external(config: Config, layout: Layout) -> tuple[HiddenStateModel, Architecture]:
+    """The model of `teacher.model`, in its own groups."""
+    teacher, vocab_size = config.teacher, read_architecture(config.student.model).vocab_size
+    if teacher.model is None:
+        raise ConfigError("teacher.model", None, "a folder in Hugging Face format", "name the teacher")
+    dtype = dtype_of(teacher.dtype, "teacher.dtype")
+    model, architecture = build_model(teacher.model, teacher, layout, teacher_groups(layout), dtype, "teacher")
+    if architecture.vocab_size < vocab_size:
+        raise ConfigError(
+            "student.model",
+            f"a vocabulary of {vocab_size}",
+            f"at most the teacher's {architecture.vocab_size}",
+            "use a teacher that knows every token of the student",
+        )
+    return model, architecture
 
 
 def _forward_only(model: HiddenStateModel, layout: Layout) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from nemo_opd.config import Config
 from nemo_opd.engines.megatron import checkpoint, cpu
+from nemo_opd.engines.megatron.average import WeightAverage
+from nemo_opd.engines.megatron.families import Architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
@@ -42,6 +44,8 @@ from nemo_opd.vocab.shard import VocabShard
 if TYPE_CHECKING:
     from nemo_opd.losses import DistillationLoss, TokenWeight
 
+TeacherOutput = str | Path | HiddenStateModel
+"""Where a teacher's output layer comes from: a folder in Hugging Face format, or a model on the student's layout."""
 Sums = Mapping[str, Tensor]
 """float64 [2] = (sum, count) of each loss component and metric."""
 
@@ -70,11 +74,10 @@ class MegatronTrainer:
         self.place = self.layout.place()
         self.groups = student_groups(self.layout, config.run.seed)
         self._config, self._loss, self._weight = config, loss, weight
-        self._teacher_output: OutputLayer | None = None
+        self._teacher_outputs: dict[int, OutputLayer] = {}
+        self._average: WeightAverage | None = None
         self._names: tuple[str, ...] | None = None
-        self.model, self.architecture = build_model(
-            student.model, student, self.layout, self.groups, dtype, "student", student.vocab_padding_multiple
-        )
+        self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
             self._ddp = _data_parallel(self.model, distributed, dtype)
             self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype)
@@ -85,19 +88,55 @@ class MegatronTrainer:
         """The rows of the output layer that this rank holds. On the loss ranks only."""
         return self.model.vocab_shard(self.architecture.vocab_size)
 
-    def set_teacher_output(self, folder: str | Path | None) -> None:
-        """Give the loss ranks the output layer of the teacher in `folder`, for losses that need its whole distribution.
+    def set_teacher_output(
+        self, source: TeacherOutput | Sequence[TeacherOutput] | None, number: int = 0, dtype: str | None = None
+    ) -> None:
+        """Give the loss ranks a teacher's output layer, for losses that need its whole distribution.
 
-        Each reads its own slice, cut like the student's output layer, so that both distributions live on the same ids:
-        rows of ids that only the teacher has are left out. None takes it away. Not collective.
+        Of a model folder each reads its own slice, cut like the student's output layer, so that both distributions live
+        on the same ids: rows of ids that only the teacher has are left out. Of a model that `self_teacher` gave it is
+        the model's own, and follows it. Not collective.
+
+        Args:
+            source: a folder or a model; several for a mixture, whose layers are put side by side (copies); None takes
+                all layers away.
+            number: of the teacher, where there are several.
+            dtype: of what is read from a folder; None: `teacher.dtype`.
 
         Raises ConfigError when the student has ids that the teacher has not.
         """
-        self._teacher_output = None
-        if folder is not None and self.place.computes_loss:
-            shard, dtype = self.vocab_shard, dtype_of(self._config.teacher.dtype, "teacher.dtype")
-            weight = load_output_weight(folder, shard.start, shard.length, shard.vocab_size, dtype)
-            self._teacher_output = OutputLayer(weight.to(cpu.device()), shard)
+        if source is None:
+            self._teacher_outputs.clear()
+        elif self.place.computes_loss:
+            parts = [source] if isinstance(source, TeacherOutput) else source
+            weights = [self._output_weight(part, dtype or self._config.teacher.dtype) for part in parts]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+            self._teacher_outputs[number] = OutputLayer(weight, self.vocab_shard)
+
+    def _output_weight(self, source: TeacherOutput, dtype: str) -> Tensor:
+        """[local rows, teacher's hidden], cut like the student's output layer."""
+        if isinstance(source, HiddenStateModel):
+            return source.output_weight
+        shard = self.vocab_shard
+        weight = load_output_weight(
+            source, shard.start, shard.length, shard.vocab_size, dtype_of(dtype, "teacher.dtype")
+        )
+        return weight.to(cpu.device())
+
+    def self_teacher(self, source: str, decay: float) -> HiddenStateModel:
+        """The student as its own teacher, on the student's layout. Collective; before `load`.
+
+        Args:
+            source: current (the student's model itself), frozen (a copy of the weights that it starts from) or ema (a
+                copy that `train_step` moves, see `WeightAverage`, and that `save` and `load` keep).
+        """
+        assert source in ("current", "frozen", "ema") and (source != "ema" or self._average is None)
+        if source == "current":
+            return self.model
+        copy, _ = self._build_model()
+        if source == "ema":
+            self._average = WeightAverage(copy, decay)
+        return copy.requires_grad_(False).eval()
 
     def train_step(self, batch: TrainBatch) -> TrainStats:
         """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
@@ -107,6 +146,8 @@ class MegatronTrainer:
         accumulated = time.perf_counter()
         self._schedule.step(1)
         grad_norm, skipped = update(self._optimizer)
+        if self._average is not None and not skipped:
+            self._average.update(self.model)
         return TrainStats(
             losses={name: value for name, value in means.items() if name in self._loss.components},
             metrics={name: value for name, value in means.items() if name not in self._loss.components},
@@ -131,11 +172,16 @@ class MegatronTrainer:
 
     def save(self, folder: Path) -> None:
         """See `Trainer.save`."""
-        checkpoint.save(folder, self.model, self._optimizer, self._schedule)
+        checkpoint.save(folder, self.model, self._optimizer, self._schedule, self._average)
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`."""
-        checkpoint.load(folder, self.model, self._optimizer, self._schedule)
+        checkpoint.load(folder, self.model, self._optimizer, self._schedule, self._average)
+
+    def _build_model(self) -> tuple[HiddenStateModel, Architecture]:
+        student = self._config.student
+        dtype, multiple = dtype_of(student.dtype, "student.dtype"), student.vocab_padding_multiple
+        return build_model(student.model, student, self.layout, self.groups, dtype, "student", multiple)
 
     def _accumulate(self, batch: TrainBatch) -> tuple[dict[str, Tensor], list[Mapping[str, Tensor]]]:
         """Leave the batch's reduced gradient in the buffers; return the replica's sums and each row's token scores
@@ -167,13 +213,14 @@ class MegatronTrainer:
         self, row: PackedRow, normalisers: Mapping[str, float], output: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Sums, Mapping[str, Tensor]]]:
         """(loss, token count that nobody divides by, (sums, token scores)), as `calculate_per_token_loss` wants it."""
-        teacher_weight = None if self._teacher_output is None else self._teacher_output.weight
-        tokens = with_payload(row.tokens, self._loss.needs, teacher_weight).to(output.device)
+        teacher = self._teacher_outputs.get(row.teacher)
+        weight = None if teacher is None else teacher.weight
+        tokens = with_payload(row.tokens, self._loss.needs, weight).to(output.device)
         fused = fused_loss(
             self._loss,
             self.model.last_hidden(output).index_select(0, tokens.position),
             OutputLayer(self.model.output_weight, self.vocab_shard),
-            self._teacher_output,
+            teacher,
             tokens,
             normalisers,
             self._weight,

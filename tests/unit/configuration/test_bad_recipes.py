@@ -27,6 +27,8 @@ class Bad:
     prepare: Callable[[Path], object] = field(default=lambda folder: None)
 
 
+SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
+
 CASES = [
     # keys
     Bad("unknown_key", "student.tensor_parallel: got an unknown key; expected a key of `student`; "
@@ -69,9 +71,8 @@ CASES = [
     Bad("unknown_loss", "loss.name: got reverse_kll; expected one of reverse_kl, ", ("loss=reverse_kll",)),
     Bad("refused_loss", "loss.name: got k1; expected a loss with a gradient; that of log p - log q on sampled tokens "
         "is zero in expectation; use policy_gradient or k2", ("loss=k1",)),
-    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of entropy_aware_opd, "
-        "extrapolated_opd, gkd, importance_weighted_opd, kat, minillm, opd, policy_gradient_opd, reopold, sft, "
-        "trust_region; did you mean `sft`?", new="algorithm: sfft\n"),
+    Bad("unknown_algorithm", "algorithm (recipe.yaml:13): got sfft; expected one of entropy_aware_opd, ",
+        new="algorithm: sfft\n"),
     Bad("parameter_of_another_loss", "loss.clip_ratio: got an unknown key; expected a parameter of loss reverse_kl (",
         ("loss.clip_ratio=0.2",)),
     # values
@@ -148,10 +149,24 @@ CASES = [
         ("teacher.engine=none",)),
     Bad("teacher_without_loss", "teacher.engine: got megatron; expected none, as loss cross_entropy asks no teacher; "
         "set teacher.engine=none, or choose a loss that learns from the teacher", ("loss=cross_entropy",)),
-    Bad("teacher_without_model", "teacher.model: got nothing; expected a model folder; set teacher.model, or "
-        "teacher.engine=none with loss=cross_entropy", ("teacher.model=null",)),
+    Bad("teacher_without_model", "teacher.model: got nothing; expected a model folder; set teacher.model (or "
+        "teacher.source=ema), or teacher.engine=none with loss=cross_entropy", ("teacher.model=null",)),
+    Bad("unknown_source", "teacher.source: got self; expected one of external, current, frozen, ema; choose one of "
+        "these", ("teacher.source=self",)),
+    Bad("self_teacher_with_a_model", "teacher.model (recipe.yaml:5): got teacher; expected nothing with "
+        "teacher.source=ema, as the teacher is the student itself; leave it out, or set teacher.source=external",
+        ("teacher.source=ema",)),
+    Bad("self_teacher_of_another_engine", "teacher.engine: got hf; expected megatron, where the student's weights are",
+        ("teacher.source=current", "teacher.model=null", "teacher.engine=hf")),
+    Bad("self_teacher_in_another_layout", "teacher.tensor_model_parallel_size: got 2; expected the student's 1 with "
+        "teacher.source=frozen, which lives on the student's layout; leave it out",
+        ("teacher.source=frozen", "teacher.model=null", "teacher.tensor_model_parallel_size=2")),
+    Bad("self_teacher_that_nobody_asks", "teacher.source: got ema; expected external, as loss cross_entropy asks no "
+        "teacher; leave it out, or choose a loss with a teacher", ("algorithm=sft", "teacher.source=ema")),
+    Bad("decay_above_one", "teacher.decay: got 1.5; expected a value from 0 to 1; change the value",
+        ("teacher.source=ema", "teacher.model=null", "teacher.decay=1.5")),
     Bad("hf_teacher_split", "teacher.pipeline_model_parallel_size: got 2; expected 1, as the hf engine does not split; "
-        "set both teacher sizes to 1, or teacher.engine=megatron",
+        "set both sizes to 1, or teacher.engine=megatron",
         ("teacher.engine=hf", "teacher.pipeline_model_parallel_size=2")),
     Bad("samples_of_a_data_set", "rollout.samples_per_prompt: got 4; expected 1, as the data set has one response per "
         "prompt; set rollout.samples_per_prompt=1, or prefix=student to let the student write",
@@ -203,28 +218,68 @@ CASES = [
     Bad("context_longer_than_the_teacher", "context.max_tokens: got 10240 besides up to 128 of prompt and response; "
         "expected together at most the 256 positions of the teacher; lower it",
         ("context=peers", "rollout.samples_per_prompt=4", "verify.name=exact")),
-    Bad("stop_of_a_data_set", "stop.name: got kat; expected default, as the data set wrote the responses; leave stop "
-        "out, or choose prefix=student to let the student write", ("algorithm=sft", "teacher.engine=none", "stop=kat")),
-    Bad("trap_without_teacher", "stop.name: got length_matched; expected default or fixed, as loss cross_entropy asks "
-        "no teacher; leave it out or choose a loss with a teacher",
-        ("stop=length_matched", "loss=cross_entropy", "teacher.engine=none")),
-    Bad("trap_that_never_closes", "stop.window: got 67 tokens before the rule can act (window or grace, then "
-        "consecutive - 1 times stride); expected at most rollout.max_new_tokens (64); shorten window, grace, "
-        "consecutive or stride", ("stop=kat",)),
-    Bad("trap_that_never_learns", "stop.warmup_samples: got 512; expected at most stop.history (100), or the rule "
-        "never becomes active; lower it", ("stop=kat", "stop.window=8", "stop.history=100")),
-    Bad("trap_with_peers_to_come", "stop.form: got segments; expected after with context peers, which is made of "
-        "finished rollouts; set stop.form=after, or choose another context",
-        ("stop=kat", "stop.window=8", "context=peers", "context.max_tokens=64", "rollout.samples_per_prompt=4",
-         "verify.name=exact")),
-    Bad("trap_ids_beyond_the_vocabulary", "stop.k: got 97; expected at most the student's vocabulary of 96; lower it",
-        ("stop=kat", "stop.window=8", "stop.k=97")),
-    Bad("trap_parameter_of_another_form", "stop.form: got during; expected one of segments, after; choose one of these",
-        ("stop=kat", "stop.form=during")),
-    Bad("fixed_length_missing", "stop.length: got nothing; expected a whole number; set stop.length in the recipe or "
-        "on the command line", ("stop=fixed",)),
-    Bad("fixed_length_above_the_limit", "stop.length: got 65; expected at most rollout.max_new_tokens (64); lower it",
-        ("stop=fixed", "stop.length=65")),
+    Bad("teacher_besides_several", "teacher.model (recipe.yaml:5): got teacher; expected nothing beside teachers math, "
+        "code, each of which has its own settings; say it of the one that is meant, or leave it out",
+        ("teachers.math.model=teacher", "teachers.code.model=teacher")),
+    Bad("several_teachers_that_nobody_asks", "teachers: got math; expected none, as loss cross_entropy asks no "
+        "teacher; leave them out, or choose a loss that learns from a teacher",
+        ("teacher.model=null", "teachers.math.model=teacher", "loss=cross_entropy")),
+    Bad("one_of_several_without_model", "teachers.code.model: got nothing; expected a model folder; set "
+        "teachers.code.model (or teachers.code.source=ema)",
+        (*SEVERAL, "teachers.code.model=null", "data.teacher_key=task")),
+    Bad("one_of_several_in_a_wrong_layout", "teachers.code.tensor_model_parallel_size: got 16; expected 1, 2, 4 or 8 (",
+        (*SEVERAL, "teachers.code.tensor_model_parallel_size=16", "data.teacher_key=task")),
+    Bad("unknown_key_of_one_of_several", "teachers.code.modle: got an unknown key; expected a key of `teachers.code`; "
+        "did you mean `teachers.code.model`?", (*SEVERAL, "teachers.code.modle=teacher")),
+    Bad("several_as_value", "teachers.code: got 5; expected a section with ", ("teachers.code=5",)),
+    Bad("name_that_is_none", "teachers.a/b.model: got a/b; expected a name of letters, digits, _ and -; choose another",
+        ("teachers.a/b.model=teacher",)),
+    Bad("share_of_nothing", "teachers.code.weight: got 0.0; expected at least 1e-09; change the value",
+        (*SEVERAL, "teachers.code.weight=0")),
+    Bad("mixture_under_another_loss", "loss.name: got jsd; expected one of reverse_kl, policy_gradient, k2 for a "
+        "mixture of teachers, whose gradients are the weighted sums; set data.teacher_key to a field that names each "
+        "record's teacher, or change this", (*SEVERAL, "loss=jsd")),
+    Bad("mixture_of_contexts", "context.name: got privileged; expected same_prompt for a mixture of teachers",
+        (*SEVERAL, "context=privileged", "context.text=x", "context.max_tokens=64")),
+    Bad("moving_part_of_a_mixture", "teachers.code.source: got ema; expected external or frozen for a mixture under "
+        "loss reverse_kl", (*SEVERAL, "teachers.code.model=null", "teachers.code.source=ema")),
+    Bad("two_averages", "teachers.code.source: got ema, a second one; expected one average of the student at most",
+        (*SEVERAL, "teachers.code.model=null", "teachers.code.source=ema", "teachers.math.model=null",
+         "teachers.math.source=ema")),
+    Bad("key_without_teachers", "data.teacher_key: got task; expected null without several teachers; name the teachers",
+        ("data.teacher_key=task",)),
+    Bad("stop_rule_of_several_teachers", "stop.name: got kat; expected default or fixed with several teachers, as the "
+        "rule asks one", (*SEVERAL, "data.teacher_key=task", "stop=kat")),
+    Bad("whole_divergence_from_oneself", "stop.divergence: got full; expected tail with teacher.source=ema, whose "
+        "output layer is no file; set stop.divergence=tail",
+        ("stop=kat", "stop.divergence=full", "teacher.model=null", "teacher.source=ema")),
+    Bad("student_that_writes_as_its_teacher", "prefix.name: got teacher; expected student or dataset with "
+        "teacher.source=frozen, as one external teacher is who writes",
+        ("prefix=teacher", "teacher.model=null", "teacher.source=frozen")),
+    Bad("redrawn_data_set", "reward.equal_groups: got redraw; expected keep or drop with prefix mixed, whose written "
+        "responses are no group; choose one of these",
+        ("prefix=mixed", "prefix.loss=cross_entropy", "reward=group_relative", "reward.equal_groups=redraw",
+         "verify.name=exact", "rollout.samples_per_prompt=4")),
+    Bad("reward_loss_without_reward", "reward.name: got none; expected group_relative, which loss "
+        "verifier_policy_gradient is made of; set reward=group_relative",
+        ("loss=verifier_policy_gradient", "teacher.engine=none")),
+    Bad("reward_without_verifier", "verify.name: got none; expected a verifier, as reward group_relative learns from "
+        "it; set verify.name (exact, integer, math, ...), or reward=none",
+        ("reward=group_relative", "rollout.samples_per_prompt=4")),
+    Bad("reward_of_one", "rollout.samples_per_prompt: got 1; expected at least 2, as responses to a prompt are "
+        "compared; set it to 8, for example", ("reward=group_relative", "verify.name=exact")),
+    Bad("reward_of_a_data_set", "reward.name: got group_relative; expected a reward that does not ask how probable a "
+        "token was when it was drawn", ("prefix=dataset", "reward=group_relative", "verify.name=exact")),
+    Bad("weight_of_nothing", "reward.loss_weight: got 0.5; expected 1 with loss verifier_policy_gradient, beside which "
+        "there is no other; leave it out, or choose another loss",
+        ("loss=verifier_policy_gradient", "teacher.engine=none", "reward=group_relative", "reward.loss_weight=0.5",
+         "verify.name=exact", "rollout.samples_per_prompt=4")),
+    Bad("second_importance_ratio", "weight.name: got tis; expected unit with loss verifier_policy_gradient, which has "
+        "its own importance ratio; leave it out",
+        ("loss=verifier_policy_gradient", "teacher.engine=none", "reward=group_relative", "weight=tis",
+         "verify.name=exact", "rollout.samples_per_prompt=4")),
+    Bad("clip_of_nothing", "reward.clip_low: got 0.0; expected a value from 1e-06 to 1; change the value",
+        ("reward=group_relative", "reward.clip_low=0")),
     Bad("mixture_out_of_range", "loss.beta: got 1.5; expected a value from 0 to 1; change the value",
         ("loss=jsd", "loss.beta=1.5")),
     Bad("evaluation_without_problems", "evaluate.every: got 5; expected 0 without evaluate.path; set evaluate.path to "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_opd.config import SLOTS, Config
+from nemo_opd.config import SLOTS, Config, OneOfSeveral
 from nemo_opd.configuration.check import CHOICES, RANGES, check, launched_processes, world_size
 from nemo_opd.configuration.load import load
 from nemo_opd.errors import ConfigError
@@ -105,13 +105,14 @@ def _settings(section: object, prefix: str = "") -> dict[str, object]:
 def test_rules_name_keys_of_the_schema() -> None:
     """A rule about a key that was renamed would never be broken."""
     choices = {f"{slot}.{name}" for slot in SLOTS for choice in SLOTS[slot].values() for name in vars(choice())}
-    assert set(CHOICES) | set(RANGES) <= set(_settings(Config())) | choices
+    settings = {*_settings(Config()), *(f"teacher.{name}" for name in vars(OneOfSeveral()))}
+    assert set(CHOICES) | set(RANGES) <= settings | choices
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     numbers = {
         key
-        for key, value in _settings(Config()).items()
+        for key, value in {**_settings(Config()), **_settings(OneOfSeveral(), "teacher.")}.items()
         if key.split(".")[0] not in SLOTS and isinstance(value, int | float) and not isinstance(value, bool)
     }
     assert numbers - set(RANGES) == set()

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from nemo_opd.algorithms import ALGORITHMS
-from nemo_opd.config import SLOTS, Config, CrossEntropyLoss, DatasetPrefix, PolicyGradientLoss, ReverseKLLoss
+from nemo_opd.config import (
+    SLOTS,
+    Config,
+    CrossEntropyLoss,
+    DatasetPrefix,
+    OneOfSeveral,
+    PolicyGradientLoss,
+    ReverseKLLoss,
+)
 from nemo_opd.configuration.load import load, to_yaml
 from nemo_opd.errors import ConfigError
 from tests.unit.configuration.workspace import make_workspace
@@ -102,6 +110,19 @@ def test_the_resolved_configuration_is_a_recipe(recipe: Path, tmp_path: Path) ->
     resolved.write_text(to_yaml(config))
     assert load(resolved) == config
     assert load(resolved, ["train.steps=99"]).train.steps == 99
+
+
+def test_teachers_have_names_that_the_recipe_chooses(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace("teacher:\n  model: teacher\n", "")
+    recipe.write_text(text + "teachers:\n  math: {model: teacher, weight: 3}\n  code-2: {source: frozen}\n")
+    config = load(recipe, ["teachers.math.engine=hf", "teachers.other.model=teacher", "data.teacher_key=task"])
+    assert list(config.teachers) == ["math", "code-2", "other"], "in the order in which they were named"
+    assert all(isinstance(teacher, OneOfSeveral) for teacher in config.teachers.values())
+    assert (config.teachers["math"].engine, config.teachers["math"].weight) == ("hf", 3.0)
+    assert config.every_teacher()["teachers.code-2"].source == "frozen"
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load(resolved) == config
 
 
 def test_checks_can_be_left_to_the_caller(recipe: Path) -> None:
