@@ -6,10 +6,14 @@ from nemo_opd.algorithms.gkd import GKD
 from nemo_opd.algorithms.importance_weighted_opd import IMPORTANCE_WEIGHTED_OPD
 from nemo_opd.algorithms.kat import KAT
 from nemo_opd.algorithms.minillm import MINILLM
+from nemo_opd.algorithms.multi_teacher import MULTI_TEACHER
 from nemo_opd.algorithms.opd import OPD
+from nemo_opd.algorithms.opsd import OPSD
+from nemo_opd.algorithms.peer_conditioned import PEER_CONDITIONED
 from nemo_opd.algorithms.policy_gradient_opd import POLICY_GRADIENT_OPD
 from nemo_opd.algorithms.record import Algorithm
 from nemo_opd.algorithms.reopold import REOPOLD
+from nemo_opd.algorithms.rlvr import RLVR
 from nemo_opd.algorithms.sft import SFT
 from nemo_opd.algorithms.trust_region import TRUST_REGION
 
@@ -22,9 +26,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         IMPORTANCE_WEIGHTED_OPD,
         KAT,
         MINILLM,
+        MULTI_TEACHER,
         OPD,
+        OPSD,
+        PEER_CONDITIONED,
         POLICY_GRADIENT_OPD,
         REOPOLD,
+        RLVR,
         SFT,
         TRUST_REGION,
     )
