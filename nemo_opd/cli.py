@@ -1,4 +1,4 @@
-"""`nemo-opd`: train, evaluate, export, report, make data.
+"""`nemo-opd`: train, evaluate, measure a teacher's signal, export, report, make data.
 
 Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
 """
@@ -77,6 +77,18 @@ Lets the teacher continue from what the student wrote, so many tokens or a share
 accuracy for each length, beside that of the teacher alone on the same problems.
 """
 
+_SIGNAL = """
+examples:
+  nemo-opd signal my.yaml rollout.samples_per_prompt=8 --prompts 128
+  nemo-opd signal my.yaml --context same_prompt --context peers.contrastive --out signal.json
+
+The student writes a group of responses to each prompt, the verifier grades them, and the teacher scores each as a whole
+under every context: same_prompt, privileged (the recipe's), peers.contrastive, peers.successes and the controls
+peers.random_peer, peers.unrelated_prompt, peers.success_only_matched (default: all that the recipe allows).
+Prints, per context, how well scores agree with rewards: AUC, Spearman, and pairwise accuracy within prompts, each with
+a 95 % interval over prompts. Runs in one process; nothing is trained.
+"""
+
 _EXPORT = """
 examples:
   nemo-opd export runs/distil models/student
@@ -139,6 +151,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     _add_train(_verb(verbs, "train", "train a student, or go on with a run", _TRAIN))
     _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
+    _add_signal(_verb(verbs, "signal", "which teacher context tells good responses from bad ones", _SIGNAL))
     _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
     _add_report(_verb(verbs, "report", "one HTML page about runs", _REPORT))
     _add_data(_verb(verbs, "data", "make problems, a tokenizer and untrained models", _DATA), fill=verb == "data")
@@ -178,6 +191,24 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     _add_overrides(parser, "settings that win over the run's")
     parser.set_defaults(run=_eval)
+
+
+def _add_signal(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file, see recipes/README.md")
+    parser.add_argument("--context", metavar="NAME", action="append", help="a context to measure; may be repeated")
+    parser.add_argument("--prompts", metavar="N", type=_count, default=64, help="prompts to answer (default 64)")
+    parser.add_argument(
+        "--draws", metavar="N", type=_count, default=1000, help="bootstrap samples behind an interval (default 1000)"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there too, as JSON")
+    _add_overrides(parser, "settings that win over the recipe's")
+    parser.set_defaults(run=_signal)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; expected a whole number from 1")
+    return int(text)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +275,13 @@ def _eval(args: argparse.Namespace) -> int:
     from nemo_opd.evaluate import command
 
     return command.main(args)
+
+
+def _signal(args: argparse.Namespace) -> int:
+    load(args.recipe, args.overrides)  # what is wrong is said before anything heavy is imported
+    from nemo_opd.evaluate import signal_command
+
+    return signal_command.main(args)
 
 
 def _export(args: argparse.Namespace) -> int:

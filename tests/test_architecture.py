@@ -63,6 +63,7 @@ PROGRAMS = {
     "export",
     "quickstart",
     "evaluate.command",
+    "evaluate.signal_command",
     "report.command",
 }
 """Programs that put the areas together: they import what they like, and no area imports them."""

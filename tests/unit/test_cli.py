@@ -34,7 +34,9 @@ def imported(*words: str) -> tuple[int, str, set[str]]:
     return done.returncode, "\n".join(errors), {line.rpartition("|")[2].strip().partition(".")[0] for line in trace}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["eval", "--help"], ["signal", "--help"], ["export", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code, errors, packages = imported(*words)
     assert (code, errors) == (0, "")
