@@ -1,7 +1,7 @@
 """Time, peak memory and gradient error of distillation losses, beside plain PyTorch, TRL and Liger-Kernel.
 
-    python -m benchmarks.losses                    the standard table (about half an hour on two cores)
-    python -m benchmarks.losses --grid full        more tokens, vocabularies and widths
+    python -m benchmarks.losses                    one size, all losses and peers (about ten minutes on two cores)
+    python -m benchmarks.losses --grid sizes       more tokens, vocabularies and widths, jsd beside Liger-Kernel
     python -m benchmarks.losses --repeats 5
 
 Forward and backward with the gradient of hidden states and output layer. Every measurement is a process of its own;
@@ -73,10 +73,10 @@ def standard_cases(device: str) -> list[Case]:
     return cases
 
 
-def full_cases(device: str) -> list[Case]:
+def size_cases(device: str) -> list[Case]:
     """More tokens, vocabularies and widths."""
-    cases = standard_cases(device)
-    base = replace(cases[1], loss="jsd")
+    cases: list[Case] = []
+    base = replace(standard_cases(device)[1], loss="jsd")
     changes: list[dict[str, int]] = [{"tokens": t} for t in (512, 8192)]
     changes += [{"vocab": v} for v in (32_000, 151_936)]
     changes += [
@@ -409,7 +409,7 @@ def machine(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=("standard", "full"), default="standard")
+    parser.add_argument("--grid", choices=("standard", "sizes"), default="standard")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", help="one row as JSON, for the processes that this command starts")
     arguments = parser.parse_args()
@@ -419,7 +419,7 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = full_cases(device) if arguments.grid == "full" else standard_cases(device)
+    cases = size_cases(device) if arguments.grid == "sizes" else standard_cases(device)
     print(HEADER, flush=True)
     rows = run_all([replace(case, repeats=arguments.repeats) for case in cases])
     lines = [table_row(case, found, _limit_of(case, rows)) for case, found in rows]
