@@ -54,7 +54,7 @@ class Case:
 
 
 def standard_cases(device: str) -> list[Case]:
-    """The table of one size with all peers, then one column of sizes for each axis."""
+    """One size, all losses and peers, TP 1 and 2."""
     if device == "cuda":
         sizes = [(8192, vocab, 4096, 4096, 2048) for vocab in (128_256, 151_936)]
     else:
