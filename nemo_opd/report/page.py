@@ -123,10 +123,14 @@ def _diagnosis(runs: Sequence[RunData]) -> str:
             fields = (last.get(name, "") for name in ("since", "action", "message", "advice"))
             since, action, message, advice = (html.escape(str(field)) for field in fields)
             rows.append([_name(runs, i), html.escape(sign), action, since, f"{held or 0:.0f}", message, advice])
-    text = "<p>No sign of failure was found.</p>"
+    text = ""
+    if unwatched := [_name(runs, i) for i, run in enumerate(runs) if "time/diagnosis" not in run.curves]:
+        text += f"<p>Not diagnosed (written before runs were, or not a step yet): {', '.join(unwatched)}.</p>"
+    if len(unwatched) < len(runs) and not rows:
+        text += "<p>No sign of failure was found.</p>"
     if rows:
         head = ("run", "sign", "action", "since step", "steps in all", "what was seen last", "what helps")
-        text = f'<div class="wide">{_table(head, rows)}</div>'
+        text += f'<div class="wide">{_table(head, rows)}</div>'
     return f'<section id="diagnosis"><h2>Diagnosis</h2>{text}</section>'
 
 

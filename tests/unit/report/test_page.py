@@ -177,6 +177,16 @@ def test_how_a_run_ended_and_what_the_diagnosis_said(tmp_path: Path) -> None:
         assert text in cells
 
 
+def test_a_run_that_nobody_looked_at_is_not_called_healthy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "diagnosis.jsonl").unlink()
+    assert "No sign of failure was found." not in (said := report(tmp_path, run).texts["p"])
+    assert any("Not diagnosed" in text for text in said)
+    lines = [{**json.loads(line), "time/diagnosis": 0.001} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "No sign of failure was found." in report(tmp_path, run).texts["p"]
+
+
 def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", outcome=None)
     with (run / "metrics.jsonl").open("a") as file:
