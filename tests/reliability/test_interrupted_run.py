@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.workspace import make_workspace
 
-STEPS = 12
+STEPS = 40
 
 
 def _command(folder: Path, run_dir: Path) -> list[str]:
