@@ -208,7 +208,7 @@ class TrapStop(SlotConfig):
     """Rollouts whose lowest window is remembered."""
     warmup_samples: int = 512
     """Nothing is cut before so many are remembered ..."""
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     """... and before so many steps were made."""
     grace: int | None = None
     """Windows that end before this token are not tested, so grace - window tokens are kept. None: the window."""
@@ -765,8 +765,10 @@ class DiagnoseConfig:
     """Signs that a run goes wrong, what is measured for each, and what is done about it; see docs/diagnosis.md."""
 
     window: int = 20
-    """Steps that a rule looks at: the last so many, and the run's first so many to compare them with."""
-    warmup_steps: int = 50
+    """Last steps that a rule looks at."""
+    start_steps: int = 10
+    """First steps of the run, with which it compares them."""
+    warmup_steps: int = 30
     """Steps before anything is compared with the run's start."""
     repeat_every: int = 100
     """A sign that holds on is said again after so many steps."""

@@ -184,11 +184,11 @@ def diagnosed(run: Run, report: StepReport) -> StepReport:
     """The report with the diagnosis of its step; what ends the run is left in `run.diagnosed`. Collective."""
     begin = time.perf_counter()
     verdict = run.diagnosis.look(report.step, report.metrics)
+    seconds = {"time/diagnosis": time.perf_counter() - begin}
     if run.processes.any(verdict.stop is not None) and report.step < run.config.train.steps:
         run.diagnosed = str(verdict.stop or "another rank saw a sign of failure")
     if run.recorder:
         run.recorder.write_findings([asdict(finding) for finding in verdict.said])
-    seconds = {"time/diagnosis": time.perf_counter() - begin}
     return replace(report, metrics={**report.metrics, **verdict.metrics, **seconds})
 
 

@@ -146,6 +146,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "observe.rollouts_per_step": (0, math.inf),
     "observe.token_scores": (0, math.inf),
     "diagnose.window": (2, math.inf),
+    "diagnose.start_steps": (2, math.inf),
     "diagnose.warmup_steps": (0, math.inf),
     "diagnose.repeat_every": (1, math.inf),
     **{f"diagnose.{sign}.threshold": (1e-6, 1) for sign in SIGNS},

@@ -59,7 +59,7 @@ class Diagnosis:
 
     def __init__(self, config: DiagnoseConfig, state: dict[str, Any]) -> None:
         self._config = config
-        self._history = History(state, config.window)
+        self._history = History(state, config.window, config.start_steps)
         self._held: dict[str, int] = state.setdefault("held", {})
         self._since: dict[str, int] = state.setdefault("since", {})
         self._said: dict[str, int] = state.setdefault("said", {})

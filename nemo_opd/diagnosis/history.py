@@ -6,6 +6,7 @@ interrupted. Nothing here depends on the rank: metrics are equal on all of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,12 @@ class History:
 
     Args:
         state: where it is kept; filled in place. ``{}`` for a new run.
-        window: steps of a window.
+        window: last steps that are looked at.
+        start_steps: first steps, with which they are compared.
     """
 
-    def __init__(self, state: dict[str, Any], window: int) -> None:
-        self._window = window
+    def __init__(self, state: dict[str, Any], window: int, start_steps: int) -> None:
+        self._window, self._start_steps = window, start_steps
         self._start: dict[str, list[float]] = state.setdefault("start", {})
         self._recent: dict[str, list[float]] = state.setdefault("recent", {})
         self._best: dict[str, float] = state.setdefault("best", {})
@@ -38,7 +40,7 @@ class History:
         for name, value in metrics.items():
             number = float(value) if math.isfinite(value) else NOT_FINITE
             start, recent = self._start.setdefault(name, []), self._recent.setdefault(name, [])
-            if len(start) < self._window:
+            if len(start) < self._start_steps:
                 start.append(number)
             else:
                 recent.append(number)
@@ -47,12 +49,12 @@ class History:
                 self._best[name] = max(self._best.get(name, -NOT_FINITE), statistics.fmean(latest))
 
     def start(self, name: str) -> Window | None:
-        """The first values, once there is a whole window of them."""
+        """The first values, once there are enough of them."""
         start = self._start.get(name, ())
-        return start if len(start) == self._window else None
+        return start if len(start) == self._start_steps else None
 
     def recent(self, name: str) -> Window | None:
-        """The last values, once there is a whole window of them after the first one."""
+        """The last values, once there is a whole window of them after the first ones."""
         recent = self._recent.get(name, ())
         return recent if len(recent) == self._window else None
 
@@ -92,6 +94,7 @@ class History:
 
 
 def standard_error(values: Window) -> float:
-    """Of the mean of a window."""
-    mean, count = statistics.fmean(values), len(values)
-    return math.sqrt(sum((v - mean) * (v - mean) for v in values) / (count - 1) / count) if count > 1 else 0.0
+    """Of the mean of a window, from the differences of neighbours: a trend is not noise (von Neumann, 1941)."""
+    count = len(values)
+    squares = sum((b - a) * (b - a) for a, b in itertools.pairwise(values))
+    return math.sqrt(squares / (2 * (count - 1)) / count) if count > 1 else 0.0

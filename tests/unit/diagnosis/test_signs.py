@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 from nemo_opd.config import SIGNS as CONFIGURED
 from nemo_opd.config import DiagnoseConfig, SignConfig
 from nemo_opd.diagnosis.diagnosis import Diagnosis, Verdict
-from nemo_opd.diagnosis.history import NOT_FINITE, History
+from nemo_opd.diagnosis.history import NOT_FINITE, History, standard_error
 from nemo_opd.diagnosis.signs import SIGNS
 from tests.helpers.histories import EXCUSED_BY_REWARD, FAILS_FROM, FAILURES, healthy, run, times, together, towards
 
@@ -183,9 +184,25 @@ def test_a_resumed_run_decides_the_same():
     assert any("agreement_trap" in verdict for verdict in whole[231:])
 
 
+def test_a_trend_is_no_noise():
+    rng = random.Random(0)
+    noise = [rng.gauss(0, 1) for _ in range(4000)]
+    assert standard_error(noise) == pytest.approx(4000**-0.5, rel=0.05)
+    assert standard_error([value + number for number, value in enumerate(noise)]) < 1.5 * 4000**-0.5
+    assert standard_error([1.0]) == standard_error([2.0, 2.0]) == 0.0
+
+
+def test_a_steep_fall_is_seen_while_it_lasts():
+    found = verdicts(
+        run(healthy(1), 260, lambda progress, metrics: {"reward/mean": metrics["reward/mean"] * (1 - progress)})
+    )
+    first = next(finding for verdict in found for finding in verdict.said if finding.sign == "degradation")
+    assert first.step < FAILS_FROM + 45
+
+
 def test_windows_do_not_overlap_and_do_not_grow():
     state: dict = {}
-    history = History(state, 3)
+    history = History(state, 3, 3)
     for number in range(1, 6):
         history.add({"x": float(number)})
     assert (history.start("x"), history.recent("x"), history.latest("x")) == ([1, 2, 3], None, [3, 4, 5])
