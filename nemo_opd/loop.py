@@ -169,6 +169,7 @@ def one_step(run: Run) -> StepReport | None:
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **measured,
         **reward_metrics(run, rollouts, passed_over),
+        **(run.routing.metrics(rollouts) if run.routing else {}),
         **token_metrics(run.state, rollouts, passed_over, contexts, trained, stopped.discarded),
         **stopped.metrics,
         "optimizer/grad_norm": stats.grad_norm,

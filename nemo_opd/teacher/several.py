@@ -57,6 +57,12 @@ class Routing:
             self._told.add(name)
         return numbers
 
+    def metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Share of a step's rollouts that each teacher scores, by name."""
+        numbers = self.numbers(rollouts)
+        shares = {name: numbers.count(number) / max(1, len(numbers)) for name, number in self._numbers.items()}
+        return {f"teacher/{name}_share": share for name, share in shares.items()}
+
 
 class RoutedContext:
     """What each rollout's own teacher sees; None where it has no teacher.

@@ -125,6 +125,25 @@ def test_teachers_have_names_that_the_recipe_chooses(recipe: Path, tmp_path: Pat
     assert load(resolved) == config
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "algorithm=rlvr verify.name=exact",
+        "algorithm=rlvr verify.name=exact loss=k2 teacher.engine=megatron teacher.source=frozen reward.loss_weight=0.04",
+        "algorithm=opsd context.field=answer teacher.source=current",
+        "algorithm=peer_conditioned verify.name=exact loss.divergence=reverse teacher.source=frozen",
+        "reward=group_relative verify.name=exact rollout.samples_per_prompt=8 weight=tis",
+        "loss=minillm reward=group_relative verify.name=exact rollout.samples_per_prompt=8",
+    ],
+)
+def test_slots_go_together(recipe: Path, words: str) -> None:
+    """What docs/algorithms.md says of combinations."""
+    if "algorithm" in words:
+        recipe.write_text(recipe.read_text().replace("teacher:\n  model: teacher\n", ""))
+    told = "opsd" in words or "peer_conditioned" in words
+    load(recipe, [*words.split(), "rollout.max_new_tokens=32", *(["context.max_tokens=64"] if told else [])])
+
+
 def test_checks_can_be_left_to_the_caller(recipe: Path) -> None:
     assert load(recipe, ["student.model=nowhere"], checked=False).student.model == "nowhere"
     words = ["run.dir=r", "student.model=m", "data.path=d", "train.steps=1"]

@@ -59,6 +59,8 @@ def test_a_record_names_its_teacher(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert routing.numbers(rollouts) == [1, 0, None, None, 1]
         assert routing.numbers(rollouts[2:4]) == [None, None], "once a name was right, others are no reason to stop"
+    shares = routing.metrics(rollouts)
+    assert shares == {"teacher/math_share": pytest.approx(0.2), "teacher/code_share": pytest.approx(0.4)}
     assert [record.args[0] for record in caplog.records] == ["", "maths"], "each unknown name is said once"
 
 
