@@ -131,7 +131,7 @@ def test_teachers_have_names_that_the_recipe_chooses(recipe: Path, tmp_path: Pat
         "algorithm=rlvr verify.name=exact",
         "algorithm=rlvr verify.name=exact loss=k2 teacher.engine=megatron teacher.source=frozen reward.loss_weight=0.1",
         "algorithm=opsd context.field=answer teacher.source=current",
-        "algorithm=peer_conditioned verify.name=exact loss.divergence=reverse teacher.source=frozen",
+        "algorithm=peer_conditioned verify.name=exact loss.divergence=reverse loss.k=16 teacher.source=frozen",
         "reward=group_relative verify.name=exact rollout.samples_per_prompt=8 weight=tis",
         "loss=minillm reward=group_relative verify.name=exact rollout.samples_per_prompt=8",
     ],
