@@ -99,19 +99,15 @@ def span_of(rollout: Rollout, context: tuple[int, ...], start: int) -> Span:
     return Span(rollout.prompt.token_ids + prefix, context + prefix, rollout.response_ids[start:])
 
 
-class KatAfter:
-    """`form: after`."""
+class Watched:
+    """What stop rules have in common that judge by a `TrapWatch`: rollouts are written whole, and the rule's history
+    is all that must be remembered. See `nemo_opd.stop.base.StopRule`."""
 
     def __init__(self, watch: TrapWatch, decode: Callable[[Tensor], str]) -> None:
         self._watch, self._decode = watch, decode
 
     def writer(self, generator: Generator) -> Generator:
         return generator
-
-    def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:
-        self._watch.judge_whole(rollouts, contexts)
-        pairs = zip(rollouts, self._watch.judged, strict=True)
-        return [shortened(rollout, j.kept, self._decode) if j.is_cut else rollout for rollout, j in pairs]
 
     def end_step(self) -> StopReport:
         return self._watch.end_step()
@@ -121,6 +117,15 @@ class KatAfter:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._watch.history.load_state(state)
+
+
+class KatAfter(Watched):
+    """`form: after`."""
+
+    def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:
+        self._watch.judge_whole(rollouts, contexts)
+        pairs = zip(rollouts, self._watch.judged, strict=True)
+        return [shortened(rollout, j.kept, self._decode) if j.is_cut else rollout for rollout, j in pairs]
 
 
 def trap_metrics(judged: Sequence[Judged], threshold: float | None) -> dict[str, float]:

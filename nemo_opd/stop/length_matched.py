@@ -21,15 +21,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from nemo_opd.engines.protocols import Generator
 from nemo_opd.rollout.pieces import shortened
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.stop.base import StopReport
-from nemo_opd.stop.kat import Context, TrapWatch
+from nemo_opd.stop.kat import Context, TrapWatch, Watched
 from nemo_opd.types import Rollout
 
 _STEP_SEEDS = -2
@@ -38,15 +36,13 @@ _MOVES_PER_ROLLOUT = 200
 """Proposals before the dealing is given up and KAT's cuts change places among themselves."""
 
 
-class LengthMatched:
+class LengthMatched(Watched):
     """KAT's cut lengths at random, as many tokens kept."""
 
     def __init__(self, watch: TrapWatch, tolerance: float, seed: int, decode: Callable[[Tensor], str]) -> None:
-        self._watch, self._tolerance, self._seed, self._decode = watch, tolerance, seed, decode
+        super().__init__(watch, decode)
+        self._tolerance, self._seed = tolerance, seed
         self._dealt: dict[int, int] = {}
-
-    def writer(self, generator: Generator) -> Generator:
-        return generator
 
     def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:
         self._watch.judge_whole(rollouts, contexts)
@@ -75,12 +71,6 @@ class LengthMatched:
             discarded=sum(j.written for j in judged) - ours,
             metrics={**report.metrics, **metrics},
         )
-
-    def state(self) -> dict[str, Any]:
-        return self._watch.history.state()
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._watch.history.load_state(state)
 
 
 def deal(lengths: Sequence[int], cuts: Mapping[int, int], tolerance: float, rng: random.Random) -> dict[int, int]:

@@ -28,7 +28,7 @@ from nemo_opd.processes import Processes
 from nemo_opd.rollout.pieces import continued, shortened
 from nemo_opd.stop.base import StopReport
 from nemo_opd.stop.divergence import Span
-from nemo_opd.stop.kat import Context, Judged, TrapWatch
+from nemo_opd.stop.kat import Context, Judged, TrapWatch, Watched
 from nemo_opd.stop.rule import Verdict
 from nemo_opd.teacher.contexts import TeacherContext
 from nemo_opd.types import Author, Finish, GenerateRequest, Rollout, Sampling, StopRequested
@@ -231,7 +231,7 @@ def _judged(track: _Track, limit: int) -> Judged:
     return Judged(track.verdict, track.start, written, unwritten=0 if track.over else limit - written)
 
 
-class KatSegments:
+class KatSegments(Watched):
     """`form: segments` of the `stop` slot's choice `kat`."""
 
     def __init__(
@@ -243,8 +243,8 @@ class KatSegments:
         decode: Callable[[Tensor], str],
     ) -> None:
         """`context` must do without what the student has not written yet."""
-        self._watch, self._context, self._decode = watch, context, decode
-        self._segment_tokens, self._processes = segment_tokens, processes
+        super().__init__(watch, decode)
+        self._context, self._segment_tokens, self._processes = context, segment_tokens, processes
 
     def writer(self, generator: Generator) -> Generator:
         return SegmentedGenerator(
@@ -253,15 +253,6 @@ class KatSegments:
 
     def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:
         return list(rollouts)  # they were cut while they were written
-
-    def end_step(self) -> StopReport:
-        return self._watch.end_step()
-
-    def state(self) -> dict[str, Any]:
-        return self._watch.history.state()
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._watch.history.load_state(state)
 
     def _before_writing(self, requests: Sequence[GenerateRequest]) -> Sequence[Context]:
         """Of this rank's share. A context that finds it wanting (a field that no record has) may be right about the

@@ -1,0 +1,67 @@
+"""Every variant of every experiment is a recipe that a run would start with; how results are read and summed up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from nemo_opd.configuration.load import load
+from tests.helpers.workspace import make_workspace
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "reproductions"
+EXPERIMENTS = sorted(path.parent for path in FOLDER.glob("*/experiment.yaml"))
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reproduce", FOLDER / "reproduce.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("experiments"), problems=20)
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
+def test_every_variant_can_be_started(folder: Path, world: Path, reproduce: ModuleType) -> None:
+    experiment = yaml.safe_load((folder / "experiment.yaml").read_text())
+    recipe = FOLDER.parents[1] / experiment["recipe"]
+    assert set(experiment["figure"].values()) and len(experiment["seeds"]) >= 3
+    for job in reproduce.jobs_of(experiment, folder, [1]):
+        settings = [word for word in job.command if "=" in word and not word.startswith(("student.model", "data.path"))]
+        settings = [word for word in settings if not word.startswith("evaluate.path")]
+        files = [f"student.model={world / 'student'}", f"data.path={world / 'train.jsonl'}"]
+        files.append(f"evaluate.path={world / 'heldout.jsonl'}")
+        if "teacher" in yaml.safe_load(recipe.read_text()) and "teacher.engine=none" not in settings:
+            files.append(f"teacher.model={world / 'teacher'}")
+        load(recipe, [*settings, *files])
+
+
+def test_results_are_read_at_the_end_of_a_run(reproduce: ModuleType, tmp_path: Path) -> None:
+    lines = [{"step": step, "loss/total": float(step), "tokens/written_total": 10.0 * step} for step in range(1, 21)]
+    lines.append({"step": 20, "evaluation/avg@1": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = reproduce.Job("variant", 1, tmp_path, [])
+    found = {name: reproduce.value(reproduce.lines_of(job), name) for name in ("loss/total", "tokens/written_total",
+                                                                                "evaluation/avg@1")}  # fmt: skip
+    assert found == {"loss/total": 15.5, "tokens/written_total": 200.0, "evaluation/avg@1": 0.5}
+    assert math.isnan(reproduce.value(lines, "no such metric"))
+
+
+def test_the_interval_is_students(reproduce: ModuleType) -> None:
+    mean, half = reproduce.summary([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # 0.975 point at 2 degrees of freedom
+    assert math.isnan(reproduce.summary([1.0])[1])
