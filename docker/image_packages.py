@@ -1,7 +1,7 @@
 """Used by the Dockerfile: which packages the base image brings and must keep, and which of ours remain to be installed.
 
-    image_packages.py constraints               name==version of every GPU package that is installed
-    image_packages.py requirements PYPROJECT    our requirements without those packages
+image_packages.py constraints               name==version of every GPU package that is installed
+image_packages.py requirements PYPROJECT    our requirements without those packages
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ as G is some hundred tokens. While the rule is not active there is one round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from nemo_opd.engines.protocols import Generator, NamedTensor
 from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 from nemo_opd.rollout.pieces import continued, shortened
-from nemo_opd.stop.base import StopReport
 from nemo_opd.stop.divergence import Span
 from nemo_opd.stop.kat import Context, Judged, TrapWatch, Watched
 from nemo_opd.stop.rule import Verdict

@@ -1,6 +1,6 @@
 """Trains with the biased top-k loss, which no recipe can name: `loss=stop_gradient` is replaced by it, k and all.
 
-    python recipes/reproductions/topk_bias/naive.py RECIPE loss=stop_gradient loss.k=5 key=value ...
+python recipes/reproductions/topk_bias/naive.py RECIPE loss=stop_gradient loss.k=5 key=value ...
 """
 
 from __future__ import annotations
