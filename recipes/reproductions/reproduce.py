@@ -128,8 +128,8 @@ def value(lines: Sequence[dict[str, Any]], metric: str) -> float:
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and half of its 95 % interval (Student's t)."""
-    if len(values) < 2:
+    """Mean over seeds and half of its 95 % interval (Student's t); not a number where a run has none."""
+    if len(values) < 2 or any(map(math.isnan, values)):
         return statistics.fmean(values), math.nan
     half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half

@@ -65,3 +65,9 @@ def test_the_interval_is_students(reproduce: ModuleType) -> None:
     assert mean == 2.0
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # 0.975 point at 2 degrees of freedom
     assert math.isnan(reproduce.summary([1.0])[1])
+
+
+def test_a_number_that_a_variant_does_not_have_has_no_interval(reproduce: ModuleType) -> None:
+    """Plain OPD has no trigger rate; the table of the others must not fail over it."""
+    assert all(map(math.isnan, reproduce.summary([math.nan] * 3)))
+    assert "| a | - |" in reproduce.as_markdown({"a": {"x": [math.nan] * 3}}, ["x"], 3)
