@@ -9,8 +9,11 @@ An experiment is a folder with `experiment.yaml`:
     recipe     what all variants share
     variants   name: [key=value, ...]; `{seed}` stands for the seed. `script: FILE` trains through a file of the folder
     seeds      numbers
-    columns    heading: metric of metrics.jsonl; evaluations and totals at the end, others over the last 10 steps
+    columns    heading: metric of metrics.jsonl; evaluations and totals at the end, others over the last 10 steps, or
+               `METRIC at the start`: in the first step
     figure     heading: metric, drawn over the steps
+    measure    what is looked at besides (if anything): `commands` of `nemo-opd` that know `--out` and `run.seed`, once
+               per seed: `run`, and `rows` (name: path in the JSON file); `columns` (heading: path below the row's)
 
 Every run is a run folder of its own below `runs/reproductions`: a second start resumes what was interrupted and skips
 what is done. Table, numbers and figure go beside the experiment (`results.md`, `results.json`, `figure.png`); what they
@@ -39,6 +42,10 @@ from tqdm import tqdm
 
 RUNS = Path("runs/reproductions")
 LAST = 10  # steps at the end of a run over which a training metric is averaged
+AT_THE_START = " at the start"
+
+Table = dict[str, dict[str, list[float]]]
+"""By row and column, one number per seed."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,13 @@ def lines_of(job: Job) -> list[dict[str, Any]]:
 
 
 def value(lines: Sequence[dict[str, Any]], metric: str) -> float:
-    """The last evaluation's number or total, or the mean over the last steps."""
-    found = [line[metric] for line in lines if metric in line]
+    """The last evaluation's number or total, the mean over the last steps, or the first step's number."""
+    name = metric.removesuffix(AT_THE_START)
+    found = [line[name] for line in lines if name in line]
     if not found:
         return math.nan
+    if name != metric:
+        return found[0]
     at_the_end = metric.startswith("evaluation/") or metric.endswith("_total")
     return found[-1] if at_the_end else statistics.fmean(found[-LAST:])
 
@@ -135,9 +145,9 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), half
 
 
-def results(experiment: dict[str, Any], jobs: Sequence[Job]) -> dict[str, dict[str, list[float]]]:
-    """By variant and column, one number per seed."""
-    table: dict[str, dict[str, list[float]]] = {}
+def results(experiment: dict[str, Any], jobs: Sequence[Job]) -> Table:
+    """Of the runs, a row per variant."""
+    table: Table = {}
     for job in jobs:
         lines = lines_of(job)
         row = table.setdefault(job.variant, {heading: [] for heading in experiment["columns"]})
@@ -146,7 +156,31 @@ def results(experiment: dict[str, Any], jobs: Sequence[Job]) -> dict[str, dict[s
     return table
 
 
-def as_markdown(table: dict[str, dict[str, list[float]]], columns: Sequence[str], seeds: int) -> str:
+def measured(measure: dict[str, Any], folder: Path, seeds: Sequence[int]) -> Table:
+    """Of the commands that look at models besides; each runs unless what it writes is there."""
+    table: Table = {}
+    for number, command in enumerate(tqdm(measure["commands"], unit="measurement")):
+        for seed in seeds:
+            name = f"{folder.name}-measured-{number}-{seed}"
+            out = RUNS / folder.name / "measured" / f"{number}-{seed}.json"
+            if not out.exists():
+                words = [*command["run"], f"run.seed={seed}", "--out", str(out)]
+                _check(run([sys.executable, "-m", "nemo_opd.cli", *words], name))
+            found = json.loads(out.read_text())
+            for row, path in command["rows"].items():
+                for heading, column in measure["columns"].items():
+                    table.setdefault(row, {}).setdefault(heading, []).append(at_path(found, f"{path}/{column}"))
+    return table
+
+
+def at_path(found: Any, path: str) -> float:
+    """A number of a JSON file, by the keys and list positions that lead to it; NaN for null."""
+    for key in path.strip("/").split("/"):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return math.nan if found is None else float(found)
+
+
+def as_markdown(table: Table, columns: Sequence[str], seeds: int) -> str:
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for variant, row in table.items():
         cells = []
@@ -200,8 +234,12 @@ def main() -> None:
     run_all(jobs, arguments.jobs)
     table = results(experiment, jobs)
     text = as_markdown(table, list(experiment["columns"]), len(seeds))
+    numbers: dict[str, Any] = {"seeds": seeds, "results": table}
+    if "measure" in experiment:
+        numbers["measured"] = measured(experiment["measure"], arguments.folder, seeds)
+        text += "\n" + as_markdown(numbers["measured"], list(experiment["measure"]["columns"]), len(seeds))
     (arguments.folder / "results.md").write_text(text)
-    (arguments.folder / "results.json").write_text(json.dumps({"seeds": seeds, "results": table}, indent=1) + "\n")
+    (arguments.folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw(experiment, jobs, arguments.folder / "figure.png")
     sys.stdout.write(text)
 

@@ -6,13 +6,20 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 
+from nemo_opd.cli import build_parser
+from nemo_opd.config import PeersContext
 from nemo_opd.configuration.load import load
+from nemo_opd.prompts.template import load_tokenizer, render_chat
+from nemo_opd.teacher.insertion import ContextRenderer
+from nemo_opd.teacher.peers import Peers
+from tests.helpers.rollouts import make_prompt, make_rollout
 from tests.helpers.workspace import make_workspace
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "reproductions"
@@ -57,6 +64,7 @@ def test_results_are_read_at_the_end_of_a_run(reproduce: ModuleType, tmp_path: P
     found = {name: reproduce.value(reproduce.lines_of(job), name) for name in ("loss/total", "tokens/written_total",
                                                                                 "evaluation/avg@1")}  # fmt: skip
     assert found == {"loss/total": 15.5, "tokens/written_total": 200.0, "evaluation/avg@1": 0.5}
+    assert reproduce.value(lines, "loss/total at the start") == 1.0
     assert math.isnan(reproduce.value(lines, "no such metric"))
 
 
@@ -71,3 +79,56 @@ def test_a_number_that_a_variant_does_not_have_has_no_interval(reproduce: Module
     """Plain OPD has no trigger rate; the table of the others must not fail over it."""
     assert all(map(math.isnan, reproduce.summary([math.nan] * 3)))
     assert "| a | - |" in reproduce.as_markdown({"a": {"x": [math.nan] * 3}}, ["x"], 3)
+
+
+def test_what_is_measured_besides_is_a_row_with_a_number_per_seed(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def written(command: list[str], name: str) -> tuple[int, str]:
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        seed = float(next(word for word in command if word.startswith("run.seed=")).removeprefix("run.seed="))
+        out.write_text(json.dumps({"points": [{"value": 0.5 + seed}, {"value": None}]}))
+        return 0, name
+
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    monkeypatch.setattr(reproduce, "run", written)
+    measure = {
+        "columns": {"accuracy": "value"},
+        "commands": [{"run": ["eval", "model"], "rows": {"first": "points/0", "second": "points/1"}}],
+    }
+    for _ in range(2):  # the second time it reads what the first has written
+        table = reproduce.measured(measure, tmp_path / "experiment", [1, 2])
+        assert table["first"] == {"accuracy": [1.5, 2.5]}
+        assert all(map(math.isnan, table["second"]["accuracy"]))
+    assert len(commands) == 2 and commands[0][3:5] == ["eval", "model"]
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
+def test_every_measurement_is_a_command(folder: Path) -> None:
+    experiment = yaml.safe_load((folder / "experiment.yaml").read_text())
+    for command in experiment.get("measure", {"commands": []})["commands"]:
+        args, rest = build_parser(command["run"][0]).parse_known_args([*command["run"], "--out", "file.json"])
+        assert args.out == Path("file.json")
+        assert all("=" in word and not word.startswith("-") for word in rest)
+
+
+def test_the_base_model_of_peers_reads_what_peers_show(world: Path) -> None:
+    spec = importlib.util.spec_from_file_location("reading", FOLDER / "peer_conditioned" / "reading_data.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tokenizer = load_tokenizer(world / "tokenizer")
+    read = module.Reading(world).record({"prompt": "7+5-3=", "answer": "9"}, "contrastive", "1+1=")
+    right, wrong = (read["prompt"].split(":\n")[part].split("\n")[0] for part in (1, 2))
+    assert right == read["response"] == "7+5=12,12-3=9#9" != wrong
+    prompt = replace(make_prompt(0), messages=({"role": "user", "content": "7+5-3="},))
+    group = [
+        replace(make_rollout(0, 3, sample), prompt=prompt, text=text, reward=float(text == right))
+        for sample, text in enumerate(("9#9", right, wrong))
+    ]
+    peers = Peers(PeersContext(successes=1, failures=1), ContextRenderer(tokenizer), seed=0)
+    assert peers.context_ids(group)[0] == render_chat(tokenizer, [{"role": "user", "content": read["prompt"]}])
