@@ -23,9 +23,11 @@ from nemo_opd.tasks.records import write_lines
 from nemo_opd.teacher.insertion import PARAGRAPH, ContextRenderer
 from nemo_opd.teacher.peers import FAILURE, FIRST_SUCCESS
 
-KINDS = {"alone": 0.35, "success": 0.15, "contrastive": 0.2, "failure": 0.15, "unrelated": 0.15}
+KINDS = {"alone": 0.2, "success": 0.25, "contrastive": 0.3, "failure": 0.1, "unrelated": 0.15}
 """Shares of reading.jsonl."""
 TOLD = ("success", "contrastive")
+ROUNDS = 8
+"""How often each problem stands there, with other attempts."""
 NOISE = 0.5
 """Share of wrong responses where no success is shown."""
 ERRORS = (-10, -2, -1, 1, 2, 10)
@@ -75,6 +77,8 @@ def main(data: Path, out: Path) -> None:
         [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "heldout")
     )
+    train = train * ROUNDS
+    random_.shuffle(train)
     out.mkdir(parents=True, exist_ok=True)
     kinds = random_.choices(list(KINDS), list(KINDS.values()), k=len(train))
     others = [train[-1], *train[:-1]]
