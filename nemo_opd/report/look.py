@@ -19,7 +19,7 @@ th, td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-
 th { color: var(--soft); font-weight: 600 } td { overflow-wrap: anywhere; min-width: 3em }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px }
 summary { cursor: pointer; padding: 4px 0; font-weight: 600 }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 12px }
 figure { margin: 0; padding: 8px 10px 2px; background: var(--card); border: 1px solid var(--rule); border-radius: 6px }
 figcaption { font-size: 13px; font-weight: 600; overflow-wrap: anywhere }
 svg { width: 100%; height: auto; display: block }
@@ -71,13 +71,14 @@ SCRIPT = r"""
       const x = (event.clientX - box.left) / box.width * WIDTH;
       const share = Math.min(1, Math.max(0, (x - LEFT) / (WIDTH - LEFT - RIGHT)));
       const wanted = first + share * (last - first);
-      const parts = [];
-      let shown = wanted;
-      for (const [run, steps, values] of data.curves[name]) {
+      const points = data.curves[name].map(([run, steps, values]) => {
         const i = nearest(steps, wanted);
-        shown = steps[i];
-        parts.push((data.runs.length > 1 ? data.runs[run] + " " : "") + number(values[i]));
-      }
+        return {run, step: steps[i], value: values[i]};
+      });
+      const away = ({step}) => Math.abs(step - wanted);
+      const shown = points.reduce((best, point) => away(point) < away(best) ? point : best).step;
+      const parts = points.map(({run, step, value}) => (data.runs.length > 1 ? data.runs[run] + " " : "") +
+        number(value) + (step === shown ? "" : " (step " + step + ")"));
       const at = LEFT + (shown - first) / (last - first) * (WIDTH - LEFT - RIGHT);
       cursor.setAttribute("x1", String(at));
       cursor.setAttribute("x2", String(at));

@@ -142,10 +142,9 @@ def _settings(runs: Sequence[RunData]) -> str:
     rows = [
         [f"<code>{html.escape(key)}</code>", *(html.escape(run.settings.get(key, "")) for run in runs)] for key in keys
     ]
-    body = _table(["key", *(_name(runs, i) for i in range(len(runs)))], rows) if rows else "<p>None.</p>"
-    return (
-        f'<section id="settings"><h2>{title}</h2><details><summary>{len(rows)} keys</summary>{body}</details></section>'
-    )
+    table = _table(["key", *(_name(runs, i) for i in range(len(runs)))], rows) if rows else "<p>None.</p>"
+    body = f'<details><summary>{len(rows)} keys</summary><div class="wide">{table}</div></details>'
+    return f'<section id="settings"><h2>{title}</h2>{body}</section>'
 
 
 def _curves(curves: dict[str, list[Line]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -82,3 +83,28 @@ def test_make_does_the_set_up_only_once(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed-cpu-dev").touch()
     assert planned() == ".venv/bin/python -m nemo_opd.quickstart\n"
+
+
+@pytest.mark.parametrize(
+    ("present", "user", "calls"),
+    [
+        ((), 0, ["-qq update", "-qq install --yes --no-install-recommends chromium"]),
+        ((), 1000, []),
+        (("chromium",), 0, []),
+        (("google-chrome",), 0, []),
+    ],
+)
+def test_the_browser_is_installed_where_it_is_missing_and_may_be(
+    tmp_path: Path, present: tuple[str, ...], user: int, calls: list[str]
+) -> None:
+    """With a path on which there is nothing but these programs."""
+    log = tmp_path / "calls"
+    log.touch()
+    programs = {"id": f"echo {user}", "apt-get": f'echo "$@" >> {log}', **dict.fromkeys(present, "exit 1")}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    command = [str(shutil.which("make")), "--no-print-directory", "-C", str(ROOT), "browser"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert log.read_text().splitlines() == calls
+    assert done.stdout == ("installing Chromium with apt, to test the report in\n" if calls else "")
