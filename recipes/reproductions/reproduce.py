@@ -10,7 +10,8 @@ An experiment is a folder with `experiment.yaml`:
     variants   name: [key=value, ...]; `{seed}` stands for the seed. `script: FILE` trains through a file of the folder
     seeds      numbers
     columns    heading: metric of metrics.jsonl; evaluations and totals at the end, others over the last 10 steps, or
-               `METRIC at the start`: in the first step
+               `METRIC at the start`: in the first step, or {metric, counter, target}: an evaluation's number when a
+               total had reached the target
     figure     heading: metric, drawn over the steps
     measure    what is looked at besides (if anything): `commands` of `nemo-opd` that know `--out` and `run.seed`, once
                per seed: `run`, and `rows` (name: path in the JSON file); `columns` (heading: path below the row's)
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -125,6 +127,16 @@ def lines_of(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def value_at(lines: Sequence[dict[str, Any]], metric: str, counter: str, target: float) -> float:
+    """An evaluation's number when `counter` had reached `target`: linear between the evaluations around it."""
+    by_step = {line["step"]: line[counter] for line in lines if counter in line}
+    points = [(by_step[line["step"]], line[metric]) for line in lines if metric in line and line["step"] in by_step]
+    for (before, low), (after, high) in itertools.pairwise(points):
+        if before <= target <= after and before < after:
+            return float(low + (high - low) * (target - before) / (after - before))
+    return math.nan
+
+
 def value(lines: Sequence[dict[str, Any]], metric: str) -> float:
     """The last evaluation's number or total, the mean over the last steps, or the first step's number."""
     name = metric.removesuffix(AT_THE_START)
@@ -152,7 +164,7 @@ def results(experiment: dict[str, Any], jobs: Sequence[Job]) -> Table:
         lines = lines_of(job)
         row = table.setdefault(job.variant, {heading: [] for heading in experiment["columns"]})
         for heading, metric in experiment["columns"].items():
-            row[heading].append(value(lines, metric))
+            row[heading].append(value_at(lines, **metric) if isinstance(metric, dict) else value(lines, metric))
     return table
 
 

@@ -68,6 +68,16 @@ def test_results_are_read_at_the_end_of_a_run(reproduce: ModuleType, tmp_path: P
     assert math.isnan(reproduce.value(lines, "no such metric"))
 
 
+def test_a_number_at_equal_tokens_lies_between_two_evaluations(reproduce: ModuleType) -> None:
+    lines = [{"step": step, "tokens/written_total": 10.0 * step} for step in range(1, 21)]
+    lines += [{"step": 10, "evaluation/avg@1": 0.2}, {"step": 20, "evaluation/avg@1": 0.6}]
+    found = [
+        reproduce.value_at(lines, "evaluation/avg@1", "tokens/written_total", target) for target in (100, 125, 200)
+    ]
+    assert found == pytest.approx([0.2, 0.3, 0.6])
+    assert math.isnan(reproduce.value_at(lines, "evaluation/avg@1", "tokens/written_total", 99.0))
+
+
 def test_the_interval_is_students(reproduce: ModuleType) -> None:
     mean, half = reproduce.summary([1.0, 2.0, 3.0])
     assert mean == 2.0
