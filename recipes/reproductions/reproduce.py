@@ -206,16 +206,16 @@ def as_markdown(table: Table, columns: Sequence[str], seeds: int) -> str:
 
 
 def draw(experiment: dict[str, Any], jobs: Sequence[Job], path: Path) -> None:
-    """One panel per metric, one line per variant: the mean over seeds, with their range."""
+    """One panel per metric, one line per variant: the mean over seeds, with their range where there are few lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = experiment["figure"]
+    panels, many = experiment["figure"], len(experiment["variants"]) > 10
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
     for axis, (heading, metric) in zip(axes[0], panels.items(), strict=True):
-        for variant in experiment["variants"]:
+        for number, variant in enumerate(experiment["variants"]):
             by_step: dict[int, list[float]] = {}
             for job in jobs:
                 if job.variant == variant:
@@ -223,14 +223,15 @@ def draw(experiment: dict[str, Any], jobs: Sequence[Job], path: Path) -> None:
                         if metric in line:
                             by_step.setdefault(line["step"], []).append(line[metric])
             steps = sorted(by_step)
-            axis.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=variant)
-            low, high = ([end(by_step[step]) for step in steps] for end in (min, max))
-            axis.fill_between(steps, low, high, alpha=0.15)
+            color = plt.get_cmap("tab20" if many else "tab10")(number)
+            axis.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=variant, color=color)
+            if not many:
+                low, high = ([end(by_step[step]) for step in steps] for end in (min, max))
+                axis.fill_between(steps, low, high, alpha=0.15, color=color)
         axis.set_title(heading)
         axis.set_xlabel("step")
-    axes[0][-1].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
