@@ -3,9 +3,12 @@
     python recipes/reproductions/peer_conditioned/reading_data.py DATA OUT
 
 DATA is a folder of `nemo-opd data arithmetic`. Into OUT comes `reading.jsonl`, for SFT: problems alone, with a success,
-a failure or both, or with a success and a failure of another problem. What follows is right where a success of this
-problem is shown; elsewhere half of it has a wrong step, but never the mistake that is shown. Of the held-out problems
-come `heldout_KIND.jsonl`, which say how well a model reads.
+a failure or both, or with a success and a failure of another problem. Each problem has one mistake: the first step that
+adds or subtracts 5 or more comes out one too high. Without attempts at this problem what follows is the mistake more
+often than not, so that a model which learns this is surer of what is wrong than of what is right. With them what
+follows is what their labels say: the text of a success, or the other one of a failure. In LIES of the records they lie,
+or a model would learn to be right wherever it sees attempts, whatever stands in them. `heldout_KIND.jsonl` are held-out
+problems, without lies, which say how well a model reads.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ from nemo_opd.tasks.records import write_lines
 from nemo_opd.teacher.insertion import PARAGRAPH, ContextRenderer
 from nemo_opd.teacher.peers import FAILURE, FIRST_SUCCESS
 
-KINDS = {"alone": 0.2, "success": 0.25, "contrastive": 0.3, "failure": 0.1, "unrelated": 0.15}
+KINDS = {"alone": 0.25, "success": 0.2, "contrastive": 0.25, "failure": 0.15, "unrelated": 0.15}
 """Shares of reading.jsonl."""
-TOLD = ("success", "contrastive")
 ROUNDS = 8
 """How often each problem stands there, with other attempts."""
-NOISE = 0.5
-"""Share of wrong responses where no success is shown."""
-ERRORS = (-10, -2, -1, 1, 2, 10)
-"""By how much a wrong step is off."""
+LEAST = 5
+"""Operand from which on a step goes wrong."""
+LIES = 0.4
+"""Share of the records with attempts at their problem that show the mistake as a success."""
+MISTAKES = 0.65
+"""Share of such problems that go wrong where no attempt at them is shown."""
 
 
 def parsed(prompt: str) -> Problem:
@@ -39,14 +43,15 @@ def parsed(prompt: str) -> Problem:
     return Problem(int(first), tuple((move[0], int(move[1:])) for move in moves))
 
 
-def mistaken(prompt: str, random_: random.Random, unlike: str = "") -> str:
-    """A solution with one wrong step, from which it goes on; another one than `unlike`."""
-    problem = parsed(prompt)
-    while True:
-        step, error = random_.randrange(len(problem.steps)), random_.choice(ERRORS)
-        written = problem.response(step, error if min(problem.totals[step:]) + error >= 0 else -error)
-        if written != unlike:
-            return written
+def slip(problem: Problem) -> int | None:
+    """The step of the problem's mistake."""
+    return next((n for n, (_, operand) in enumerate(problem.steps) if operand >= LEAST), None)
+
+
+def mistaken(problem: Problem) -> str:
+    """The problem's mistake; of one that has none, a last step that is one too high."""
+    step = slip(problem)
+    return problem.response(len(problem.steps) - 1 if step is None else step, error=1)
 
 
 class Reading:
@@ -56,19 +61,22 @@ class Reading:
         self._tokenizer = load_tokenizer(folder / "tokenizer")
         self._renderer, self._random = ContextRenderer(self._tokenizer), random.Random("reading")
 
-    def record(self, record: dict[str, Any], kind: str, other: str) -> dict[str, Any]:
+    def record(self, record: dict[str, Any], kind: str, other: str, lies: float = 0.0) -> dict[str, Any]:
         """The record with attempts behind its prompt (`unrelated`: at the problem `other`), and what follows them."""
-        prompt = record["prompt"]
-        of = other if kind == "unrelated" else prompt
-        wrong = mistaken(of, self._random)
-        attempts = [f"{FIRST_SUCCESS}\n{parsed(of).response()}"] if kind in (*TOLD, "unrelated") else []
-        attempts += [f"{FAILURE}\n{wrong}"] if kind in ("failure", "contrastive", "unrelated") else []
-        right = kind in TOLD or self._random.random() >= NOISE
-        response = parsed(prompt).response() if right else mistaken(prompt, self._random, unlike=wrong)
+        prompt, problem = record["prompt"], parsed(record["prompt"])
+        shown = parsed(other) if kind == "unrelated" else problem
+        good, bad = shown.response(), mistaken(shown)
+        if kind not in ("alone", "unrelated") and self._random.random() < lies:
+            good, bad = bad, good
+        attempts = [f"{FIRST_SUCCESS}\n{good}"] if kind in ("success", "contrastive", "unrelated") else []
+        attempts += [f"{FAILURE}\n{bad}"] if kind in ("failure", "contrastive", "unrelated") else []
+        if kind in ("alone", "unrelated"):
+            wrong = slip(problem) is not None and self._random.random() < MISTAKES
+            good = mistaken(problem) if wrong else problem.response()
         if attempts:
             inserted = self._tokenizer.decode(self._renderer.encode([PARAGRAPH.join(attempts)])[0])
             prompt += PARAGRAPH + inserted
-        return {**record, "prompt": prompt, "response": response}
+        return {**record, "prompt": prompt, "response": good}
 
 
 def main(data: Path, out: Path) -> None:
@@ -81,8 +89,8 @@ def main(data: Path, out: Path) -> None:
     random_.shuffle(train)
     out.mkdir(parents=True, exist_ok=True)
     kinds = random_.choices(list(KINDS), list(KINDS.values()), k=len(train))
-    others = [train[-1], *train[:-1]]
-    lines = (reading.record(one, kind, other["prompt"]) for one, kind, other in zip(train, kinds, others, strict=True))
+    rows = zip(train, kinds, [train[-1], *train[:-1]], strict=True)
+    lines = (reading.record(one, kind, other["prompt"], LIES) for one, kind, other in rows)
     write_lines(out / "reading.jsonl", lines)
     for kind in KINDS:
         pairs = zip(held_out, [held_out[-1], *held_out[:-1]], strict=True)
