@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +56,38 @@ def test_every_variant_can_be_started(folder: Path, world: Path, reproduce: Modu
         if "teacher" in yaml.safe_load(recipe.read_text()) and "teacher.engine=none" not in settings:
             files.append(f"teacher.model={world / 'teacher'}")
         load(recipe, [*settings, *files])
+
+
+@pytest.mark.slow
+def test_a_small_experiment_from_recipe_to_table_and_figure(tmp_path: Path) -> None:
+    """The biased loss beside its correction, for a few steps; a second start has nothing left to do."""
+    make_workspace(tmp_path, problems=20)
+    experiment = tmp_path / "experiment"
+    shutil.copytree(FOLDER / "topk_bias", experiment, ignore=shutil.ignore_patterns("*.md", "*.png", "*.json"))
+    sections = yaml.safe_load((FOLDER / "topk_bias" / "experiment.yaml").read_text())
+    names = ["naive k=1", "stop_gradient k=1"]
+    sections |= {"prepare": [], "recipe": "recipe.yaml", "seeds": [1, 2]}
+    sections["variants"] = {name: sections["variants"][name] for name in names}
+    recipe = yaml.safe_load((FOLDER / "topk_bias" / "opd.yaml").read_text())
+    for section, field, file in (("student", "model", "student"), ("teacher", "model", "teacher"),
+                                 ("data", "path", "train.jsonl"), ("evaluate", "path", "heldout.jsonl")):  # fmt: skip
+        recipe[section][field] = str(tmp_path / file)
+    recipe["train"] |= {"steps": 3, "prompts_per_step": 4}
+    recipe["optimizer"]["warmup_steps"] = 0
+    recipe["rollout"]["max_new_tokens"] = 12
+    (experiment / "experiment.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, str(FOLDER / "reproduce.py"), str(experiment), "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {name} |" in done.stdout for name in names)
+    numbers = json.loads((experiment / "results.json").read_text())["results"]
+    assert all(len(column) == 2 for row in numbers.values() for column in row.values())
+    assert (experiment / "figure.png").stat().st_size > 1000
+    outcomes = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/outcome.json")}
+    assert len(outcomes) == 4
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=600).returncode == 0
+    assert outcomes == {path: path.stat().st_mtime_ns for path in outcomes}
 
 
 def test_results_are_read_at_the_end_of_a_run(reproduce: ModuleType, tmp_path: Path) -> None:
