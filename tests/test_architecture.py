@@ -19,6 +19,10 @@ PACKAGE = "nemo_opd"
 NOUNS = {"types", "config", "errors", "processes"}
 """What everybody may import: what flows, what is set, what goes wrong, who takes part."""
 
+SCORE = {"engines.protocols", "engines.requests", "vocab", "packing"}
+GENERATE = {"engines.protocols", "engines.generation", "vocab", "refit.manifest"}
+"""What engines have in common that score, and that write."""
+
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
@@ -31,9 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"vocab", *NOUNS},
     "engines.protocols": {"types"},
     "engines.requests": {"types"},
-    "engines.hf": {"engines.protocols", "engines.requests", "vocab", "packing", "refit.manifest", *NOUNS},
-    "engines.megatron": {"engines.protocols", "engines.requests", "vocab", "packing", *NOUNS},
-    "engines.vllm": {"engines.protocols", "engines.requests", "vocab", "packing", "refit.manifest", *NOUNS},
+    "engines.generation": {"types"},
+    "engines.hf": {*GENERATE, *SCORE, *NOUNS},
+    "engines.megatron": {*SCORE, *NOUNS},
+    "engines.vllm": {*GENERATE, *SCORE, "reliability.child", *NOUNS},
     "refit": {"engines.protocols", *NOUNS},
     "checkpoint": {"engines.protocols", *NOUNS},
     "reliability": NOUNS,

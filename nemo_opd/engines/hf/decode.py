@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from nemo_opd.engines.generation import Finished, context_of, limit_of
 from nemo_opd.engines.hf.reader import Reader
-from nemo_opd.engines.hf.sampling import draw
 from nemo_opd.types import GenerateRequest, Sampling
 from nemo_opd.vocab.noise import seed_tensor
+from nemo_opd.vocab.sampling import draw
 
 _PREFILL_POSITIONS = 16384
 """Padded positions of one prefill forward; bounds its activations whatever the batch size is."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Raw output of a finished sequence: `length` tokens, the prefix first."""
-
-    request: GenerateRequest
-    ids: Tensor
-    """int64 [length]"""
-    logprobs: Tensor
-    """float32 [length], NaN on the prefix"""
-    versions: Tensor
-    """int64 [length], -1 on the prefix"""
-
-
-def limit_of(request: GenerateRequest, sampling: Sampling) -> int:
-    """Response tokens after which a request ends."""
-    limit = sampling.max_new_tokens
-    return limit if request.max_new_tokens is None else min(limit, request.max_new_tokens)
-
-
-def context_of(request: GenerateRequest) -> tuple[int, ...]:
-    """All ids that are there before the first drawn token."""
-    return request.prompt.token_ids + request.prefix_ids
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

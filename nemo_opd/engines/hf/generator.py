@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_opd.engines.hf.decode import DecodeBatch, Finished, context_of, limit_of
+from nemo_opd.engines.generation import check_generate_request, context_of, is_over, nothing_drawn, rollout_of
+from nemo_opd.engines.hf.decode import DecodeBatch
 from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model
 from nemo_opd.engines.hf.reader import CachedModel, Reader
-from nemo_opd.engines.hf.sampling import check_sampling
 from nemo_opd.engines.hf.slots import ATTENTION
 from nemo_opd.refit.manifest import WeightCheck
-from nemo_opd.types import Author, Finish, GenerateRequest, Rollout, Sampling, StopRequested
+from nemo_opd.types import GenerateRequest, Rollout, Sampling, StopRequested
+from nemo_opd.vocab.sampling import check_sampling
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class HFGenerator:
         model = self._ready_model()
         check_sampling(sampling)
         for request in requests:
-            _check_request(request, sampling, model)
+            check_generate_request(request, sampling, model.config.vocab_size, model.config.max_position_embeddings)
         return self._run(partial(read, model), requests, sampling, stop_requested)
 
     def _cached(self, model: PreTrainedModel, slots: int, columns: int) -> Reader:
@@ -131,8 +132,8 @@ class HFGenerator:
         waiting: deque[GenerateRequest] = deque()
         # Longest contexts first: neighbours in length share a prefill, and memory peaks at the start, not at the end.
         for request in sorted(requests, key=lambda r: (-len(context_of(r)), context_of(r))):
-            if self._is_over(request, sampling):
-                yield self._rollout(_nothing_drawn(request))
+            if is_over(request, sampling, self._eos_ids):
+                yield rollout_of(nothing_drawn(request), self._eos_ids, self._decode)
             else:
                 waiting.append(request)
         if not waiting:
@@ -149,30 +150,7 @@ class HFGenerator:
             finished = batch.draw(self.version)
             batch.advance()
             for sequence in finished:
-                yield self._rollout(sequence)
-
-    def _is_over(self, request: GenerateRequest, sampling: Sampling) -> bool:
-        """A prefix that already ends the response leaves nothing to draw."""
-        prefix = request.prefix_ids
-        return len(prefix) >= limit_of(request, sampling) or (len(prefix) > 0 and prefix[-1] in self._eos_ids)
-
-    def _rollout(self, sequence: Finished) -> Rollout:
-        """Clones: the loop's tensors are rows of larger ones, and inference tensors, which autograd refuses."""
-        request, ids = sequence.request, sequence.ids.clone()
-        author = torch.full(ids.shape, Author.STUDENT, dtype=torch.int8)
-        author[: len(request.prefix_ids)] = request.prefix_author
-        ended = ids.shape[0] > 0 and int(ids[-1]) in self._eos_ids
-        return Rollout(
-            prompt=request.prompt,
-            sample=request.sample,
-            response_ids=ids,
-            sampler_logprobs=sequence.logprobs.clone(),
-            author=author,
-            policy_version=sequence.versions.clone(),
-            loss_mask=torch.ones_like(ids, dtype=torch.bool),
-            finish=Finish.EOS if ended else Finish.LENGTH,
-            text="" if self._decode is None else self._decode(ids),
-        )
+                yield rollout_of(sequence, self._eos_ids, self._decode)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy `weights` into the model in place, one at a time, cast to its dtype; no second copy of the model.
@@ -222,23 +200,3 @@ def _copy_once(target: Tensor, tensor: Tensor, written: set[int], name: str) -> 
         return
     target.copy_(tensor)
     written.add(id(target))
-
-
-def _nothing_drawn(request: GenerateRequest) -> Finished:
-    ids = torch.tensor(request.prefix_ids, dtype=torch.int64)
-    return Finished(request, ids, torch.full(ids.shape, float("nan")), torch.full_like(ids, -1))
-
-
-def _check_request(request: GenerateRequest, sampling: Sampling, model: PreTrainedModel) -> None:
-    where = f"prompt {request.prompt.index} (epoch {request.prompt.epoch}), sample {request.sample}"
-    context, vocab_size = context_of(request), model.config.vocab_size
-    if not request.prompt.token_ids:
-        raise ValueError(f"{where}: got an empty prompt; expected at least one token")
-    if min(context) < 0 or max(context) >= vocab_size:
-        raise ValueError(f"{where}: got ids {min(context)} to {max(context)}; expected ids below {vocab_size}")
-    room = model.config.max_position_embeddings
-    if len(request.prompt.token_ids) + sampling.max_new_tokens > room:
-        raise ValueError(
-            f"{where}: got {len(request.prompt.token_ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens}; "
-            f"expected at most the model's {room} positions; lower rollout.max_new_tokens or data.max_prompt_tokens"
-        )

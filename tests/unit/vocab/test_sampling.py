@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from nemo_opd.engines.hf import sampling as module
-from nemo_opd.engines.hf.sampling import draw, process_logits
 from nemo_opd.types import Sampling
+from nemo_opd.vocab import sampling as module
 from nemo_opd.vocab.noise import seed_tensor
+from nemo_opd.vocab.sampling import draw, process_logits
 
 SETTINGS = [
     Sampling(1),
