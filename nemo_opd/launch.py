@@ -21,6 +21,7 @@ from nemo_opd import worker
 from nemo_opd.config import Config
 from nemo_opd.configuration.check import launched_processes, world_size
 from nemo_opd.configuration.load import to_yaml
+from nemo_opd.reliability.child import end_with_parent
 from nemo_opd.reliability.lock import RunLock, probe
 from nemo_opd.reliability.outcome import (
     ATTEMPT_VARIABLE,
@@ -182,7 +183,7 @@ def _end_with_us(parent: int) -> Callable[[], None]:
     """What the child does between fork and exec: get SIGTERM when `parent` dies."""
 
     def between_fork_and_exec() -> None:
-        worker.end_with_parent(signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died before the kernel was asked
             os._exit(1)
 

@@ -5,7 +5,6 @@ python -m nemo_opd.worker RESOLVED.yaml        as our own launcher starts it (th
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import os
@@ -18,13 +17,11 @@ from nemo_opd.config import Config
 from nemo_opd.configuration.check import launched_processes
 from nemo_opd.configuration.load import load
 from nemo_opd.errors import ConfigError
+from nemo_opd.reliability.child import end_with_parent
 from nemo_opd.reliability.lock import RunLocked
 from nemo_opd.reliability.outcome import ATTEMPT_VARIABLE, EXIT_CODES, SAVED, Status, current_attempt, write_failure
 
 log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None)  # opened here, since a forked child that still has to exec should open nothing
 
 
 def run(config: Config) -> int:
@@ -71,12 +68,6 @@ def join_launcher() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGKILL)
     return int(os.environ["RANK"])
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Ask the kernel to send this process a signal when its parent dies, so that a killed parent leaves no orphans."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 @functools.cache  # once is enough

@@ -20,7 +20,7 @@ NOUNS = {"types", "config", "errors", "processes"}
 """What everybody may import: what flows, what is set, what goes wrong, who takes part."""
 
 SCORE = {"engines.protocols", "engines.requests", "vocab", "packing"}
-GENERATE = {"engines.protocols", "engines.generation", "vocab", "refit.manifest"}
+GENERATE = {"engines.protocols", "engines.generation", "vocab", "refit.manifest", "refit.folder"}
 """What engines have in common that score, and that write."""
 
 MAY_IMPORT: dict[str, set[str]] = {

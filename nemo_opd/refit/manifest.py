@@ -26,6 +26,10 @@ class TensorSpec:
     def of(cls, name: str, tensor: Tensor) -> TensorSpec:
         return cls(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without values."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+
 
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_opd.engines.hf.generator import HFGenerator
+from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
 from nemo_opd.engines.protocols import Generator
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import Author, Finish, GenerateRequest, Prompt, Rollout, Sampling
+from tests.helpers.servers import serving
 from tests.helpers.tiny import tiny_checkpoint
 
 EOS = 1
@@ -30,21 +33,44 @@ def _hf(folder: Path, batch_size: int) -> Generator:
 
 
 ENGINES: dict[str, GeneratorMaker] = {"hf": _hf}
+SIZES: dict[str, Any] = {"vocab_size": 40, "head_dim": 32}
+"""vLLM's attention on CPU knows no narrower heads."""
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(params=["hf", "vllm"])
 def make(request: pytest.FixtureRequest) -> GeneratorMaker:
+    if request.param == "vllm":
+        return cast(GeneratorMaker, request.getfixturevalue("vllm_maker"))
     return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module")
+def vllm_maker(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GeneratorMaker]:
+    """One server for all tests: who attaches gets it back with the weights of its own folder."""
+    scratch = tmp_path_factory.mktemp("vllm")
+    with serving(folder, scratch, 1) as (url,):
+        made: list[VLLMGenerator] = []
+
+        def make(other: Path, batch_size: int) -> Generator:
+            servers = Servers([url], f"session {len(made)}", scratch, slots=batch_size)
+            made.append(VLLMGenerator(servers, folder, eos_ids=(EOS,)))
+            if other != folder:
+                made[-1].load_weights(load_file(other / "model.safetensors").items(), version=0)
+            return made[-1]
+
+        yield make
+        for generator in made:
+            generator.close()
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("student"), vocab_size=40)
+    return tiny_checkpoint(tmp_path_factory.mktemp("student"), **SIZES)
 
 
 @pytest.fixture(scope="module")
 def other_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), vocab_size=40, seed=1)
+    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1, **SIZES)
     return load_file(other / "model.safetensors")
 
 
@@ -290,7 +316,7 @@ def test_load_weights_changes_answers_and_labels(
     generator.load_weights(iter(other_weights.items()), version=3)
     assert generator.version == 3
     after = by_key(generator.generate(requests, Sampling(12), never))
-    fresh = by_key(make(tiny_checkpoint(tmp_path, vocab_size=40, seed=1), 8).generate(requests, Sampling(12), never))
+    fresh = by_key(make(tiny_checkpoint(tmp_path, seed=1, **SIZES), 8).generate(requests, Sampling(12), never))
     assert all(bool((r.policy_version == 3).all()) for r in after.values())
     assert all(bool((r.policy_version == -1).all()) for r in before.values())
     assert all(torch.equal(after[key].response_ids, fresh[key].response_ids) for key in after)

@@ -1,0 +1,163 @@
+"""vLLM's engine in a thread of its own: requests come in between two steps, outputs go out after each.
+
+The engine runs in the server's process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``): what is added together starts together,
+so the same requests make the same batches; weights change between two steps and never within one; and a server that is
+killed leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from nemo_opd.engines.vllm.sampler import SeededSampler
+from nemo_opd.engines.vllm.settings import WRITER, ServerSettings
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Emit = Callable[[str, RequestOutput | Exception], None]
+"""Told of each finished request, by its id, from the engine's thread."""
+
+_IDLE_SECONDS = 0.2
+
+
+def make_engine(settings: ServerSettings) -> LLMEngine:
+    """Loads the model. No code of a model folder is run, and only safetensors are read."""
+    writer = settings.role == WRITER
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=settings.model,
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            load_format="safetensors",
+            dtype=settings.dtype,
+            enforce_eager=not _has_gpu(),
+            max_model_len=settings.max_positions,
+            max_num_seqs=settings.max_running,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
+            gpu_memory_utilization=settings.memory_share,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logits" if writer else "raw_logprobs",
+            max_logprobs=-1,
+            logits_processors=[SeededSampler] if writer else None,
+            disable_log_stats=True,
+            seed=0,
+        )
+    )
+
+
+def _has_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request for the engine."""
+
+    id: str
+    token_ids: Sequence[int]
+    params: SamplingParams
+    emit: Emit
+
+
+class EngineThread:
+    """Owns the engine: every call of it is made by `run`, the thread's body."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self.config = engine.model_config
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self.steps = 0
+        """Turns of the loop so far: a server whose turns stop while it has work hangs."""
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return len(self._jobs)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Start `jobs` together, at the next step. From any thread."""
+        self._inbox.put(lambda: self._add(jobs))
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Drop requests, at the next step; unknown and finished ones are passed over. From any thread."""
+        self._inbox.put(lambda: self._cancel(ids))
+
+    def between_steps(self, function: Callable[[LLMEngine], Result]) -> Future[Result]:
+        """Call `function` with the engine in its thread, while no step is running. From any thread."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(self._engine))
+            except BaseException as error:  # noqa: BLE001 - belongs to whoever waits for the future
+                future.set_exception(error)
+
+        self._inbox.put(call)
+        return future
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                self.steps += 1
+        except BaseException as error:
+            log.exception("the engine failed")
+            self.failure = error
+            for job in self._jobs.values():
+                job.emit(job.id, RuntimeError(f"the engine failed: {error}"))
+
+    def _turn(self) -> bool:
+        """Do what was asked for, then one step; False when the thread shall end."""
+        wait = not self._jobs
+        while True:
+            try:
+                action = self._inbox.get(block=wait, timeout=_IDLE_SECONDS if wait else None)
+            except queue.Empty:
+                break
+            if action is None:
+                return False
+            action()
+            wait = False
+        if self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                assert isinstance(output, RequestOutput)
+                if output.finished and (job := self._jobs.pop(output.request_id, None)) is not None:
+                    job.emit(job.id, output)
+        return True
+
+    def _add(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            try:
+                self._engine.add_request(job.id, {"prompt_token_ids": list(job.token_ids)}, job.params)
+            except ValueError as error:  # vLLM's refusal of this one
+                job.emit(job.id, error)
+            else:
+                self._jobs[job.id] = job
+
+    def _cancel(self, ids: Sequence[str]) -> None:
+        mine = [id for id in ids if self._jobs.pop(id, None) is not None]
+        if mine:
+            self._engine.abort_request(mine)

@@ -1,0 +1,274 @@
+"""`nemo_opd.engines.protocols.Generator` on vLLM servers.
+
+Since a request's tokens depend on its seed and the weights alone, it does not matter which server writes it, or writes
+it again when another is lost. Weights go through a folder (`nemo_opd.refit.folder`) that all servers can read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nemo_opd.engines.generation import Finished, check_generate_request, is_over, limit_of, nothing_drawn, rollout_of
+from nemo_opd.engines.protocols import NamedTensor
+from nemo_opd.engines.vllm.client import Client
+from nemo_opd.engines.vllm.pool import Pool
+from nemo_opd.engines.vllm.wire import Attach, BadMessage, Refit, WireRequest, WireSampling, Written
+from nemo_opd.refit.folder import tensor_shapes, write_folder
+from nemo_opd.refit.manifest import WeightCheck
+from nemo_opd.types import GenerateRequest, Rollout, Sampling, StopRequested
+from nemo_opd.vocab.sampling import check_sampling
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_TIED = "lm_head.weight"
+_LOOK_SECONDS = 0.1
+"""How often a stop request is looked for while nothing finishes."""
+
+
+class _Loop:
+    """An event loop in a thread, for callers that are not asynchronous themselves."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-clients", daemon=True)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self.start(work).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Which servers write, and how they are spoken to."""
+
+    urls: Sequence[str]
+    session: str
+    """Names this attempt of the run; the same in all its processes."""
+    weights_dir: Path
+    """Where sets of weights are written: the servers' own `weights_dir`, as this process sees it."""
+    key: str | None = None
+    slots: int = 64
+    """Requests that one server is given at a time."""
+    stuck_seconds: float = 300.0
+    """A server whose engine makes no step for so long, while it has work, is given up."""
+    load_seconds: float = 600.0
+    """In which a server must have taken a set of weights."""
+
+
+class VLLMGenerator:
+    """Several processes may hold one of the same session; the first one alone attaches and moves weights."""
+
+    def __init__(
+        self,
+        servers: Servers,
+        model: Path,
+        *,
+        is_first: bool = True,
+        eos_ids: Sequence[int] = (),
+        decode: Callable[[Tensor], str] | None = None,
+        read_weights: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: the student's folder; its tensors are those that every set of weights must have.
+            is_first: of the processes that share the session.
+            eos_ids, decode: as in the `hf` generator.
+            read_weights: the servers write with the weights of their own folder until the first `load_weights`;
+                otherwise they refuse until then.
+
+        Raises: ServerGone or ServerRefused for a server that cannot be had, ValueError for one with another vocabulary.
+        """
+        if not servers.urls:
+            raise ValueError("rollout servers: got none; expected at least one address")
+        sizes = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        self.vocab_size, self._positions = int(sizes["vocab_size"]), int(sizes["max_position_embeddings"])
+        self._servers, self._is_first, self._expected = servers, is_first, tensor_shapes(model)
+        self._eos_ids, self._decode = tuple(eos_ids), decode
+        self._refusal = "" if read_weights else "it has no weights yet"
+        self._folder: Path | None = None
+        self.version = -1
+        self.refit_bytes, self.refit_seconds = 0, 0.0
+        """Of the last set of weights that this process moved."""
+        self._loop: _Loop | None = _Loop()
+        self._pool = self._loop.run(self._connect(Attach(servers.session, reload=read_weights)))
+
+    async def _connect(self, attach: Attach) -> Pool:
+        servers = self._servers
+        pool = Pool([Client(url, servers.key, servers.stuck_seconds) for url in servers.urls], servers.slots)
+        if self._is_first:
+            for url, found in zip(servers.urls, await pool.attach(attach, servers.load_seconds), strict=True):
+                self._positions = min(self._positions, found.positions)
+                if found.vocab_size != self.vocab_size:
+                    raise ValueError(
+                        f"rollout server {url}: got a vocabulary of {found.vocab_size}; expected the student's "
+                        f"{self.vocab_size}; start it with the student's folder"
+                    )
+        return pool
+
+    @property
+    def resent(self) -> int:
+        """Requests that were sent again because their server was lost."""
+        return self._pool.resent
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+    ) -> Iterator[Rollout]:
+        """Yield each rollout as it finishes; see `Generator.generate`.
+
+        Raises, at the call: ValueError for bad sampling values or a request that does not fit the model, RuntimeError
+        when the generator is closed or its last set of weights was incomplete. While it runs: ServerGone when no
+        server is left, ServerRefused when one will not write, RuntimeError for a request that came to nothing.
+        """
+        loop = self._open("generate")
+        if self._refusal:
+            raise RuntimeError(f"generator refuses to generate: {self._refusal}; load a complete set of weights first")
+        check_sampling(sampling)
+        for request in requests:
+            check_generate_request(request, sampling, self.vocab_size, self._positions)
+        return self._run(loop, requests, sampling, stop_requested)
+
+    def _run(
+        self, loop: _Loop, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
+    ) -> Iterator[Rollout]:
+        waiting: list[WireRequest] = []
+        for position, request in enumerate(requests):
+            if is_over(request, sampling, self._eos_ids):
+                yield rollout_of(nothing_drawn(request), self._eos_ids, self._decode)
+            else:
+                waiting.append(_wire_request(position, request, sampling))
+        if not waiting or stop():
+            return
+        lines: queue.SimpleQueue[Mapping[str, Any] | Future[None]] = queue.SimpleQueue()
+        writing = WireSampling.of(sampling)
+        work = loop.start(self._pool.write(self._servers.session, writing, self._eos_ids, waiting, lines.put))
+        work.add_done_callback(lines.put)  # comes after the last line, or with what went wrong
+        try:
+            for line in _until_done(lines, stop):
+                yield rollout_of(self._finished(requests, line), self._eos_ids, self._decode)
+        finally:
+            work.cancel()
+
+    def _finished(self, requests: Sequence[GenerateRequest], line: Mapping[str, Any]) -> Finished:
+        request = requests[line["key"]]
+        if "error" in line:
+            raise RuntimeError(f"generator: prompt {request.prompt.index}, sample {request.sample}: {line['error']}")
+        written = Written.read(dict(line))
+        prefix, drawn = len(request.prefix_ids), len(written.ids)
+        versions = torch.full((prefix + drawn,), -1)
+        for version, start in written.versions:
+            versions[prefix + start :] = version
+        if drawn and not -1 <= int(versions[prefix:].max()) <= self.version:
+            raise BadMessage(f"tokens of policy version {int(versions.max())}; expected at most {self.version}")
+        ids = torch.tensor([*request.prefix_ids, *written.ids], dtype=torch.int64)
+        return Finished(request, ids, torch.tensor([*[float("nan")] * prefix, *written.logprobs]), versions)
+
+    def load_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
+        """Write `weights` into a folder and have every server take them; the first process does, the others look on.
+
+        Servers hold the old version, or the new one, and write nothing in between. One that does not take the new one
+        is left out; when none does, or the stream is wrong, this generator refuses to generate until a complete load.
+
+        Raises: ValueError when the version does not grow (nothing is touched then) or a tensor is missing, unknown,
+        doubled or of another shape; ServerGone or ServerRefused when no server took them; OSError where the folder
+        cannot be written; and whatever `weights` raises.
+        """
+        loop = self._open("load_weights")
+        if version <= self.version:
+            raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
+        self._refusal = f"the load of policy version {version} did not complete"
+        checked = self._checked(weights)
+        if self._is_first:
+            self._move(loop, checked, version)
+        else:
+            for _ in checked:
+                pass
+        self.version, self._refusal = version, ""
+
+    def _checked(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """A tied output layer may come, equal to the embedding; the servers do not need it."""
+        check = WeightCheck(self._expected)
+        for name, tensor in weights:
+            if name == _TIED and _TIED not in self._expected:
+                continue
+            check.see(name, tensor)
+            yield name, tensor
+        check.finish()
+
+    def _move(self, loop: _Loop, weights: Iterable[NamedTensor], version: int) -> None:
+        begin, servers = time.monotonic(), self._servers
+        folder = servers.weights_dir / f"version-{version}-{secrets.token_hex(4)}"
+        try:
+            size = write_folder(weights, folder, version)
+            message = Refit(servers.session, version, folder.name)
+            loop.run(self._pool.take(message, Attach(servers.session, reload=False), servers.load_seconds))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = folder  # kept: a server that comes back takes these
+        self.refit_bytes, self.refit_seconds = size, time.monotonic() - begin
+        log.debug("servers hold policy version %d: %d bytes in %.2f s", version, size, self.refit_seconds)
+
+    def close(self) -> None:
+        """Let go of the servers, which go on running. Idempotent."""
+        if self._loop is not None:
+            self._loop.run(self._pool.close())
+            self._loop.close()
+            self._loop = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _open(self, call: str) -> _Loop:
+        if self._loop is None:
+            raise RuntimeError(f"generator: got {call} after close; make a new one")
+        return self._loop
+
+
+def _wire_request(position: int, request: GenerateRequest, sampling: Sampling) -> WireRequest:
+    tokens = limit_of(request, sampling) - len(request.prefix_ids)
+    return WireRequest(position, request.prompt.token_ids, request.prefix_ids, request.seed, tokens)
+
+
+def _until_done(
+    lines: queue.SimpleQueue[Mapping[str, Any] | Future[None]], stop: StopRequested
+) -> Iterator[Mapping[str, Any]]:
+    """Lines until the work is done or a stop is requested. Raises what the work raised."""
+    while not stop():
+        try:
+            line = lines.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            continue
+        if isinstance(line, Future):
+            error = line.exception()
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            if error is not None:
+                raise error
+            return
+        yield line

@@ -1,0 +1,112 @@
+"""Servers that a run starts itself, on this machine, and ends with itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_opd.engines.vllm.settings import ServerSettings
+from nemo_opd.types import StopRequested
+
+_LOOK_SECONDS = 0.2
+_END_SECONDS = 10.0
+_TAIL = 15
+"""Lines of the log of a server that did not start which are shown."""
+
+
+class ServerFailed(RuntimeError):
+    """A server of ours ended before it listened, or did not listen in time."""
+
+
+class LocalServers:
+    """Processes of their own: one that dies takes nothing with it."""
+
+    def __init__(self, logs: Path, scratch: Path) -> None:
+        """`logs`: folder of ``vllm-NAME.txt``; `scratch`: an existing folder for settings and addresses."""
+        self._logs, self._scratch = logs, scratch
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._ready: dict[str, Path] = {}
+
+    def start(self, name: str, settings: ServerSettings, environment: Mapping[str, str] | None = None) -> None:
+        """Start the server `name`, which must not be running; it loads while the caller goes on.
+
+        `environment` is put above this process's own. ``ready_file`` of the settings is set here.
+        """
+        assert name not in self._processes or self._processes[name].poll() is not None, name
+        token = secrets.token_hex(4)
+        ready, file = self._scratch / f"{name}-{token}.ready", self._scratch / f"{name}-{token}.json"
+        file.write_text(replace(settings, ready_file=str(ready)).to_json())
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self._log(name).open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "nemo_opd.engines.vllm.server", str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, and what it starts ends with it
+                env={**os.environ, **(environment or {})},
+            )
+        self._ready[name] = ready
+
+    def urls(self, seconds: float, stop_requested: StopRequested = lambda: False) -> list[str]:
+        """Addresses of all servers in the order of their start, once they listen; fewer when a stop is requested.
+
+        Raises ServerFailed for one that ended, or does not listen within `seconds`.
+        """
+        end, found = time.monotonic() + seconds, []
+        for name, ready in self._ready.items():
+            while not ready.exists():
+                if (status := self._processes[name].poll()) is not None:
+                    raise ServerFailed(
+                        f"the server {name} ended (status {status}) before it listened: {self._end_of_log(name)}"
+                    )
+                if time.monotonic() > end:
+                    raise ServerFailed(
+                        f"the server {name} does not listen after {seconds:g} s: {self._end_of_log(name)}"
+                    )
+                if stop_requested():
+                    return found
+                time.sleep(_LOOK_SECONDS)
+            found.append(str(json.loads(ready.read_text())["url"]))
+        return found
+
+    def ended(self) -> list[str]:
+        """Names of servers that are not running any more."""
+        return [name for name, process in self._processes.items() if process.poll() is not None]
+
+    def close(self) -> None:
+        """End all servers: asked first, then killed with all that they started. Idempotent."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + _END_SECONDS
+        for process in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _log(self, name: str) -> Path:
+        return self._logs / f"vllm-{name}.txt"
+
+    def _end_of_log(self, name: str) -> str:
+        lines = self._log(name).read_text(errors="replace").splitlines()[-_TAIL:]
+        return "\n".join([f"see {self._log(name)}, which ends with", *lines])
+
+
+def devices_of(devices: str | None, number: int, each: int) -> dict[str, str]:
+    """Environment of server `number` that uses `each` GPUs of the list `devices`, ``"0,1,2,3"``; None: all it sees."""
+    if devices is None:
+        return {}
+    ids: Sequence[str] = devices.split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(ids[number * each : (number + 1) * each])}

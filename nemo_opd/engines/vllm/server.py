@@ -1,0 +1,175 @@
+"""A server: python -m nemo_opd.engines.vllm.server SETTINGS.json
+
+Our own small application around vLLM's engine. It has the routes of `wire` and no others; without a key it listens on
+the loopback address alone. It ends with SIGTERM, with the process that started it, or when the engine fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from nemo_opd.engines.vllm.settings import ServerSettings, read_key
+from nemo_opd.engines.vllm.wire import Attach, Attached, BadMessage, Generate, Refit
+from nemo_opd.reliability.child import end_with_parent
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES = 256 << 20
+"""The largest request that is read."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process; see `engine`
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # see `sampler`
+    "VLLM_PLUGINS": "",  # what other packages would like to be run in here
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Set before vLLM is imported, unless the caller has set them."""
+
+
+def application(served: Any, key: str | None) -> Starlette:
+    """The routes, behind the key where there is one."""
+    from nemo_opd.engines.vllm.served import Refused
+
+    def route(path: str, method: str, handler: Handler) -> Route:
+        async def guarded(request: Request) -> Response:
+            if key is not None and not _has_key(request, key):
+                return JSONResponse({"error": "no key, or another one"}, 401)
+            try:
+                return await handler(request)
+            except Refused as error:
+                return JSONResponse({"error": str(error)}, error.status)
+            except (BadMessage, json.JSONDecodeError, RecursionError) as error:
+                return JSONResponse({"error": str(error)}, 400)
+
+        return Route(path, guarded, methods=[method])
+
+    async def health(request: Request) -> Response:
+        return JSONResponse(served.health())
+
+    async def attach(request: Request) -> Response:
+        await served.attach(Attach.read(await _body(request)))
+        return JSONResponse(_description(served).to_dict())
+
+    async def generate(request: Request) -> Response:
+        message = Generate.read(await _body(request))
+        lines = served.generate(message)
+        first = await anext(lines)  # what is refused is refused before the stream begins
+        return StreamingResponse(_encoded(first, lines), media_type="application/x-ndjson")
+
+    async def refit(request: Request) -> Response:
+        message = Refit.read(await _body(request))
+        await served.refit(message)
+        return JSONResponse({"version": message.version})
+
+    handlers = (("/attach", attach), ("/generate", generate), ("/refit", refit))
+    return Starlette(routes=[route("/health", "GET", health), *(route(path, "POST", h) for path, h in handlers)])
+
+
+def _has_key(request: Request, key: str) -> bool:
+    given = request.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
+
+
+async def _body(request: Request) -> object:
+    """Raises BadMessage for a body that is too large."""
+    parts, size = [], 0
+    with suppress(ClientDisconnect):
+        async for part in request.stream():
+            size += len(part)
+            if size > BODY_BYTES:
+                raise BadMessage(f"the request is larger than {BODY_BYTES} bytes")
+            parts.append(part)
+    return json.loads(b"".join(parts))
+
+
+async def _encoded(first: Mapping[str, Any], lines: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+    try:
+        yield json.dumps(first).encode() + b"\n"
+        async for line in lines:
+            yield json.dumps(line).encode() + b"\n"
+    finally:
+        await lines.aclose()  # type: ignore[attr-defined] - at once, so that the engine drops what nobody waits for
+
+
+def _description(served: Any) -> Attached:
+    config = served.engine.config
+    return Attached(
+        vocab_size=config.get_vocab_size(),
+        positions=config.max_model_len,
+        max_running=served.settings.max_running,
+        vllm=_vllm_version(),
+    )
+
+
+def _vllm_version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return "unknown"
+
+
+def main() -> int:
+    settings = ServerSettings.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    end_with_parent(signal.SIGTERM)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gib)}.items():
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than it wins
+    key = read_key(settings.key_file)
+    from nemo_opd.engines.vllm.engine import EngineThread, make_engine  # late: vLLM reads the environment at import
+    from nemo_opd.engines.vllm.served import Served
+
+    listener = socket.create_server((settings.host, settings.port))
+    engine = EngineThread(make_engine(settings))
+    engine.start()
+    asyncio.run(_serve(settings, engine, application(Served(settings, engine), key), listener))
+    engine.stop()
+    return 1 if engine.failure is not None else 0
+
+
+async def _serve(settings: ServerSettings, engine: Any, app: Starlette, listener: socket.socket) -> None:
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    host, port = listener.getsockname()[:2]
+    _announce(Path(settings.ready_file), f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    while not serving.done():
+        if engine.failure is not None:
+            server.should_exit = True
+        await asyncio.wait([serving], timeout=0.5)
+    await serving
+
+
+def _announce(path: Path, url: str) -> None:
+    """Written aside and renamed: a reader never sees half of it."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps({"url": url}))
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

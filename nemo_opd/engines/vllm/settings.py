@@ -1,0 +1,83 @@
+"""What a server is started with: a JSON file, so that nothing of it stands on a command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+WRITER = "writer"
+TEACHER = "teacher"
+ROLES = (WRITER, TEACHER)
+"""A writer draws tokens and takes new weights; a teacher scores."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One server. Sizes are counts, memory is in GiB."""
+
+    model: str
+    """Folder in Hugging Face format."""
+    role: str
+    ready_file: str
+    """Written once the server listens: a JSON object with its `url`."""
+    weights_dir: str
+    """Sets of weights are read from folders below this one, and from nowhere else."""
+    dtype: str = "bfloat16"
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free one"""
+    key_file: str | None = None
+    """Holds the key that every request must carry. Needed where `host` is not the loopback address."""
+    max_running: int = 64
+    """Sequences that are written at the same time."""
+    max_positions: int | None = None
+    """Longest sequence; None: the model's."""
+    tensor_parallel_size: int = 1
+    memory_share: float = 0.9
+    """Of a GPU's memory."""
+    cpu_cache_gib: int = 1
+    """Keys and values, where there is no GPU."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerSettings:
+        """Raises ValueError for anything but what `to_json` wrote, a role that does not exist, or a host that others
+        can reach without a key."""
+        values: Any = json.loads(text)
+        hints = get_type_hints(cls)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            raise ValueError(f"server settings: got {sorted(values)}; expected {sorted(known)}")
+        for name, value in values.items():
+            if not isinstance(value, hints[name]):
+                raise ValueError(f"server settings: got {value!r} for {name}; expected {hints[name]}")
+        settings = cls(**values)
+        if settings.role not in ROLES:
+            raise ValueError(f"server settings: got the role {settings.role}; expected one of {', '.join(ROLES)}")
+        if settings.host not in LOOPBACK and settings.key_file is None:
+            raise ValueError(
+                f"server settings: got host {settings.host} without a key; expected the loopback address, or a key_file"
+            )
+        return settings
+
+
+def read_key(path: str | Path | None) -> str | None:
+    """The key in a file, without white space around it; None where there is no file to read.
+
+    Raises ValueError for an empty file, or one that others than its owner may read.
+    """
+    if path is None:
+        return None
+    file = Path(path)
+    if file.stat().st_mode & 0o077:
+        raise ValueError(f"key file {file}: others than its owner may read it; chmod 600 it")
+    key = file.read_text(encoding="utf-8").strip()
+    if not key:
+        raise ValueError(f"key file {file}: it is empty; write a key into it (openssl rand -hex 32)")
+    return key
