@@ -34,6 +34,8 @@ from nemo_opd.engines.megatron.scorer import MegatronScorer
 from nemo_opd.engines.megatron.trainer import MegatronTrainer, TeacherOutput
 from nemo_opd.engines.megatron.weights import load_output_weight, save_hf_checkpoint
 from nemo_opd.engines.protocols import Generator, Scorer
+from nemo_opd.engines.vllm.generator import VLLMGenerator
+from nemo_opd.engines.vllm.writers import WriterServers
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run
@@ -61,13 +63,14 @@ log = logging.getLogger(__name__)
 def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     folder = Path(config.run.dir)
+    writers = WriterServers(config, processes) if uses_writers(config) else None
     tokenizer = load_tokenizer(config.student.model)
     loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
     config_text = to_yaml(config)
     store = CheckpointStore(folder, processes, config.checkpoint.keep)
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need)
-    generator = build_generator(config, tokenizer)
+    generator = build_generator(config, tokenizer, writers)
     prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
     newest = store.newest()
     state = store.load(newest, trainer) if newest else RunState()
@@ -144,19 +147,39 @@ def export_student(run: Run) -> None:
     log.info("exported the student to %s", folder)
 
 
-def build_generator(config: Config, tokenizer: Tokenizer, read_weights: bool = False) -> Generator | None:
+def uses_writers(config: Config) -> bool:
+    """Do vLLM servers write, whatever is written: rollouts or the answers of an evaluation?"""
+    generates = config.prefix.name != "dataset" or config.evaluate.path is not None
+    return generates and config.rollout.engine == "vllm"
+
+
+def build_generator(
+    config: Config, tokenizer: Tokenizer, writers: WriterServers | None = None, read_weights: bool = False
+) -> Generator | None:
     """The student as a writer; None where nothing is generated (SFT without evaluation).
 
     Args:
+        writers: servers that write; None: this process does, whatever `rollout.engine` says.
         read_weights: take the model folder's weights; a run leaves that to its first refit.
     """
     if config.prefix.name == "dataset" and config.evaluate.path is None:
         return None
     model = Path(config.student.model)
+    eos_ids, decode = eos_token_ids(model, tokenizer), decoder(tokenizer)
+    if writers is not None:
+        return VLLMGenerator(
+            writers.servers(),
+            model,
+            is_first=Processes.current().is_first,
+            eos_ids=eos_ids,
+            decode=decode,
+            read_weights=read_weights,
+            end_servers=writers.close,
+        )
     return HFGenerator(
         model,
-        eos_ids=eos_token_ids(model, tokenizer),
-        decode=decoder(tokenizer),
+        eos_ids=eos_ids,
+        decode=decode,
         dtype=config.rollout.dtype,
         batch_size=config.rollout.batch_size,
         read_weights=read_weights,

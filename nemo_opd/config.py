@@ -44,6 +44,35 @@ class StudentConfig(LayoutConfig):
 
 
 @dataclass
+class ServersConfig:
+    """vLLM servers: processes of their own, started by the run or by somebody else."""
+
+    urls: str | None = None
+    """Of servers that stand already, as in "http://node1:8000,http://node2:8000"; null: the run starts `count` of its
+    own on this machine, and ends them."""
+    count: int = 1
+    tensor_parallel_size: int = 1
+    """Processes (GPUs) of one server of our own."""
+    devices: str | None = None
+    """GPUs for servers of our own, as in "4,5,6,7"; null: those that the run sees."""
+    memory_share: float = 0.9
+    """Of a GPU's memory, for a server of our own."""
+    cpu_cache_gib: int = 1
+    """Keys and values of a server of our own, where there is no GPU."""
+    key_file: str | None = None
+    """File with the key that requests carry; servers that others can reach need one."""
+    weights_dir: str | None = None
+    """Folder through which weights go, the same for all servers and the run: shared memory on one node, a shared file
+    system beyond; null: one in shared memory, for servers of our own."""
+    start_seconds: float = 600.0
+    """In which servers of our own must listen."""
+    load_seconds: float = 600.0
+    """In which a server must have taken a set of weights."""
+    stuck_seconds: float = 300.0
+    """A server whose engine makes no step for so long, while it has work, is given up."""
+
+
+@dataclass
 class TeacherConfig(LayoutConfig):
     """The model that scores. `engine: none` for objectives without a teacher.
 
@@ -102,14 +131,16 @@ class RolloutConfig:
     """How the student writes."""
 
     engine: str = "hf"
-    """hf (in the trainer's processes)"""
+    """hf (in the trainer's processes) or vllm (servers)"""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    """Of engine vllm."""
     samples_per_prompt: int = 1
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = 64
-    """Sequences that one process of the hf engine decodes at a time."""
+    """Sequences that are written at a time by one process (hf), or one server (vllm)."""
     dtype: str = "float32"
     refit_every: int = 1
     """Steps between two refits of the generator. An evaluation and a resume refit as well."""

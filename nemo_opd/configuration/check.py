@@ -25,6 +25,7 @@ from nemo_opd.configuration.context_rules import context_rules
 from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
 from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
 from nemo_opd.configuration.reward_rules import reward_rules
+from nemo_opd.configuration.server_rules import server_rules
 from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.configuration.teacher_rules import teacher_rules
 from nemo_opd.errors import ConfigError
@@ -34,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.dtype": ("bfloat16", "float32", "float64"),
     "teacher.engine": ("megatron", "hf", "none"),
     "teacher.source": ("external", "current", "frozen", "ema"),
-    "rollout.engine": ("hf",),
+    "rollout.engine": ("hf", "vllm"),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
     "data.on_malformed": ("error", "skip"),
     "verify.name": ("none", "exact", "integer", "math", "choice", "tool_call", "code"),
@@ -78,6 +79,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.top_k": (0, math.inf),
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
+    **{
+        f"rollout.servers.{name}": bounds
+        for name, bounds in {
+            "count": (1, 4096),
+            "tensor_parallel_size": (1, 64),
+            "memory_share": (0.01, 1.0),
+            "cpu_cache_gib": (1, math.inf),
+            "start_seconds": (1, math.inf),
+            "load_seconds": (1, math.inf),
+            "stuck_seconds": (1, math.inf),
+        }.items()
+    },
     "stop.window": (1, math.inf),
     "stop.consecutive": (1, math.inf),
     "stop.threshold_quantile": (0, 1),
@@ -167,6 +180,7 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         _written_responses,
         stop_rules,
         prefix_rules,
+        server_rules,
         context_rules,
         reward_rules,
         _served_scores,

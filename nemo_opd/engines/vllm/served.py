@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class Served:
     async def _between_steps(self, function: Callable[[LLMEngine], None]) -> None:
         await asyncio.wrap_future(self.engine.between_steps(function))
 
-    async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
+    async def generate(self, message: Generate) -> AsyncGenerator[Mapping[str, Any], None]:
         """A line for each response as it finishes; leaving early drops what is not finished."""
         self.check_session(message.session)
         if self.refusal:

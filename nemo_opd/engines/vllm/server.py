@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -106,13 +106,15 @@ async def _body(request: Request) -> object:
     return json.loads(b"".join(parts))
 
 
-async def _encoded(first: Mapping[str, Any], lines: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+async def _encoded(
+    first: Mapping[str, Any], lines: AsyncGenerator[Mapping[str, Any], None]
+) -> AsyncGenerator[bytes, None]:
     try:
         yield json.dumps(first).encode() + b"\n"
         async for line in lines:
             yield json.dumps(line).encode() + b"\n"
     finally:
-        await lines.aclose()  # type: ignore[attr-defined] - at once, so that the engine drops what nobody waits for
+        await lines.aclose()  # at once, so that the engine drops what nobody waits for
 
 
 def _description(served: Any) -> Attached:
