@@ -94,6 +94,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-heads", type=int, default=shape.kv_heads, help="key and value heads (default %(default)s)"
     )
+    parser.add_argument("--head-dim", type=int, help="width of a head (default: hidden / heads; vLLM on CPU wants 32)")
     parser.add_argument("--ffn", type=int, default=shape.ffn, help="feed-forward width (default %(default)s)")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding (default: the tokenizer's length)")
     parser.add_argument("--tie", action="store_true", help="share input and output embedding")
@@ -132,6 +133,6 @@ def _problems(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> None:
-    shape = ModelShape(args.hidden, args.layers, args.heads, args.kv_heads, args.ffn)
+    shape = ModelShape(args.hidden, args.layers, args.heads, args.kv_heads, args.ffn, args.head_dim)
     count = write_random_model(args.out, args.tokenizer, args.family, shape, args.seed, args.tie, args.vocab_size)
     _LOG.info("%s of %d parameters in %s", args.family, count, args.out)

@@ -14,7 +14,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense decoder. `heads` must divide `hidden_size`, `kv_heads` must divide `heads`."""
+    """Sizes of a dense decoder. `heads` must divide `hidden_size` unless `head_dim` is set; `kv_heads` divides `heads`."""
 
     hidden_size: int = 96
     layers: int = 2
@@ -22,14 +22,20 @@ class ModelShape:
     kv_heads: int = 2
     ffn: int = 256
     """Width of the gated feed-forward layer."""
+    head_dim: int | None = None
+    """Width of a head; None: ``hidden_size / heads``. vLLM's attention on CPU wants 32 or more."""
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
 
     def __post_init__(self) -> None:
-        if min(self.hidden_size, self.layers, self.heads, self.kv_heads, self.ffn) < 1:
+        if min(self.hidden_size, self.layers, self.heads, self.kv_heads, self.ffn, self.head_width) < 1:
             raise ConfigError("model sizes", self, "positive sizes", "raise the one below 1")
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+        if (self.head_dim is None and self.hidden_size % self.heads) or self.head_width % 2:
             raise ConfigError(
                 "hidden_size", f"{self.hidden_size} for {self.heads} heads", "an even width per head",
-                f"use a multiple of {2 * self.heads}",
+                f"use a multiple of {2 * self.heads}, or set head_dim",
             )  # fmt: skip
         if self.heads % self.kv_heads:
             raise ConfigError(
@@ -94,7 +100,9 @@ def _config(family: str, shape: ModelShape, vocab_size: int, tie: bool, max_posi
     kinds = dict(zip(FAMILIES, (Qwen3Config, Qwen2Config, LlamaConfig), strict=True))
     if family not in kinds:
         raise ConfigError("family", family, f"one of {FAMILIES}", "choose one of them")
-    more = {} if family == "qwen2" else {"head_dim": shape.hidden_size // shape.heads}
+    if family == "qwen2" and shape.head_width * shape.heads != shape.hidden_size:
+        raise ConfigError("head_dim", shape.head_dim, "nothing with family qwen2, which has no such field", "leave it out")
+    more = {} if family == "qwen2" else {"head_dim": shape.head_width}
     return kinds[family](
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,

@@ -11,12 +11,13 @@ from nemo_opd.tasks.models import ModelShape, write_random_model
 from nemo_opd.tasks.tokenizer import write_tokenizer
 
 
-def make_workspace(folder: Path, problems: int = 64) -> Path:
-    """`train.jsonl`, `heldout.jsonl`, `tokenizer/`, `student/` (2 layers) and `teacher/` (4 layers, wider)."""
+def make_workspace(folder: Path, problems: int = 64, head_dim: int | None = None) -> Path:
+    """`train.jsonl`, `heldout.jsonl`, `tokenizer/`, `student/` (2 layers) and `teacher/` (4 layers, wider); their heads may be
+    wider than the hidden size asks for."""
     write(folder, ArithmeticTask(terms=3), problems, 16, noise=0.0, seed=0)
     write_tokenizer(folder / "tokenizer")
     for name, hidden, layers, seed in (("student", 32, 2, 1), ("teacher", 48, 4, 2)):
-        shape = ModelShape(hidden_size=hidden, layers=layers, heads=4, kv_heads=2, ffn=64)
+        shape = ModelShape(hidden_size=hidden, layers=layers, heads=4, kv_heads=2, ffn=64, head_dim=head_dim)
         write_random_model(folder / name, folder / "tokenizer", shape=shape, seed=seed)
     return folder
 
