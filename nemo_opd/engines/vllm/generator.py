@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nemo_opd.engines.generation import Finished, check_generate_request, is_over, limit_of, nothing_drawn, rollout_of
 from nemo_opd.engines.protocols import NamedTensor
-from nemo_opd.engines.vllm.client import Client
+from nemo_opd.engines.vllm.client import SILENCE_SECONDS, Client
 from nemo_opd.engines.vllm.pool import Pool
 from nemo_opd.engines.vllm.wire import Attach, BadMessage, Refit, WireRequest, WireSampling, Written
 from nemo_opd.refit.folder import tensor_shapes, write_folder
@@ -77,6 +77,8 @@ class Servers:
     """A server whose engine makes no step for so long, while it has work, is given up."""
     load_seconds: float = 600.0
     """In which a server must have taken a set of weights."""
+    silence_seconds: float = SILENCE_SECONDS
+    """A server that says nothing for so long, not even that it is alive, is given up."""
 
 
 class VLLMGenerator:
@@ -121,7 +123,8 @@ class VLLMGenerator:
 
     async def _connect(self, attach: Attach) -> Pool:
         servers = self._servers
-        pool = Pool([Client(url, servers.key, servers.stuck_seconds) for url in servers.urls], servers.slots)
+        limits = (servers.stuck_seconds, servers.silence_seconds)
+        pool = Pool([Client(url, servers.key, *limits) for url in servers.urls], servers.slots)
         if self._is_first:
             for url, found in zip(servers.urls, await pool.attach(attach, servers.load_seconds), strict=True):
                 self._positions = min(self._positions, found.positions)

@@ -80,9 +80,9 @@ class LocalServers:
             found.append(str(json.loads(ready.read_text())["url"]))
         return found
 
-    def ended(self) -> list[str]:
-        """Names of servers that are not running any more."""
-        return [name for name, process in self._processes.items() if process.poll() is not None]
+    def process(self, name: str) -> subprocess.Popen[bytes]:
+        """The server itself."""
+        return self._processes[name]
 
     def close(self) -> None:
         """End all servers: asked first, then killed with all that they started. Idempotent."""

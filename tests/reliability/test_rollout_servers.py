@@ -1,0 +1,279 @@
+"""Servers that die, hang, or are asked for what they must not do: real processes, real signals, the real vLLM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_opd.engines.hf.generator import HFGenerator
+from nemo_opd.engines.vllm.client import ServerGone, ServerRefused
+from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
+from nemo_opd.engines.vllm.local import LocalServers
+from nemo_opd.refit.folder import write_folder
+from nemo_opd.rollout.seeds import derive_seed
+from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
+from tests.helpers.servers import START_SECONDS, free_port, need_vllm, server_settings
+from tests.helpers.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.slow
+
+LONG = Sampling(200)
+KEY = "a key for tests"
+
+
+@dataclass
+class Fleet:
+    """Two servers of one model, at addresses that stay."""
+
+    model: Path
+    scratch: Path
+    local: LocalServers
+    ports: tuple[int, int]
+    attached: int = 0
+
+    def start(self, *numbers: int) -> None:
+        for number in numbers:
+            port = self.ports[number]
+            settings = server_settings(self.model, self.scratch, port=port, key_file=str(self.scratch / "key"))
+            self.local.start(str(number), settings)
+        self.local.urls(START_SECONDS)
+
+    def url(self, number: int) -> str:
+        return f"http://127.0.0.1:{self.ports[number]}"
+
+    def generator(self, *numbers: int, slots: int = 64, silence: float = 30.0) -> VLLMGenerator:
+        self.attached += 1
+        urls = [self.url(number) for number in numbers]
+        servers = Servers(urls, f"session {self.attached}", self.scratch, KEY, slots, silence_seconds=silence)
+        return VLLMGenerator(servers, self.model)
+
+    def signal(self, number: int, what: signal.Signals) -> None:
+        os.kill(self.local.process(str(number)).pid, what)
+
+    def kill(self, number: int) -> None:
+        self.signal(number, signal.SIGKILL)
+        self.local.process(str(number)).wait()
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    need_vllm()
+    scratch = tmp_path_factory.mktemp("fleet")
+    (scratch / "key").touch(mode=0o600)
+    (scratch / "key").write_text(KEY + "\n")
+    model = tiny_checkpoint(tmp_path_factory.mktemp("student"), vocab_size=40, head_dim=32)
+    fleet = Fleet(model, scratch, LocalServers(scratch / "logs", scratch), (free_port(), free_port()))
+    try:
+        fleet.start(0, 1)
+        yield fleet
+    finally:
+        fleet.local.close()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), vocab_size=40, head_dim=32, seed=1)
+    return load_file(other / "model.safetensors")
+
+
+def requests(count: int) -> list[GenerateRequest]:
+    prompts = [Prompt(index, 0, (), (2 + index % 30, 5, 7)) for index in range(count)]
+    return [GenerateRequest(prompt, 0, derive_seed(3, 0, prompt.index, 0)) for prompt in prompts]
+
+
+def never() -> bool:
+    return False
+
+
+def tokens(rollouts: list[Rollout]) -> dict[int, list[int]]:
+    return {rollout.prompt.index: rollout.response_ids.tolist() for rollout in rollouts}
+
+
+@pytest.fixture(scope="module")
+def expected(fleet: Fleet) -> dict[int, list[int]]:
+    """What the requests' seeds and the folder's weights say, whoever writes."""
+    return tokens(list(HFGenerator(fleet.model, eos_ids=()).generate(requests(24), LONG, never)))
+
+
+def test_a_server_killed_while_it_writes_costs_nothing_but_time(
+    fleet: Fleet, weights: dict[str, torch.Tensor], expected: dict[int, list[int]]
+) -> None:
+    """Its requests are written by the other, the same tokens; it comes back with the next refit."""
+    generator = fleet.generator(0, 1, slots=4)
+    found = []
+    for rollout in generator.generate(requests(24), LONG, never):
+        if not found:
+            fleet.kill(1)
+        found.append(rollout)
+    assert tokens(found) == expected
+    assert len(found) == 24
+    assert generator.resent > 0
+    generator.load_weights(iter(weights.items()), version=1)  # by the one that is left
+    fleet.start(1)
+    generator.load_weights(iter(weights.items()), version=2)
+    fleet.kill(0)  # the one that came back holds the weights
+    rollouts = list(generator.generate(requests(8), Sampling(8), never))
+    assert all(bool((rollout.policy_version == 2).all()) for rollout in rollouts)
+    fresh = HFGenerator(fleet.model, eos_ids=())
+    fresh.load_weights(iter(weights.items()), version=0)
+    assert tokens(rollouts) == tokens(list(fresh.generate(requests(8), Sampling(8), never)))
+    fleet.start(0)
+    generator.close()
+
+
+def test_a_server_killed_while_weights_are_on_their_way(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
+    generator = fleet.generator(0, 1)
+
+    def killing() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, item in enumerate(weights.items()):
+            if number == 3:
+                fleet.kill(1)
+            yield item
+
+    generator.load_weights(killing(), version=1)
+    assert generator.version == 1
+    rollouts = list(generator.generate(requests(4), Sampling(8), never))
+    assert all(bool((rollout.policy_version == 1).all()) for rollout in rollouts)
+    alone = fleet.generator(0)
+    fleet.kill(0)
+    with pytest.raises(ServerGone):
+        alone.load_weights(iter(weights.items()), version=1)
+    assert alone.version == -1
+    with pytest.raises(RuntimeError, match="refuses"):
+        list(alone.generate(requests(1), Sampling(4), never))
+    with pytest.raises(ServerGone, match="no server is left"):
+        list(generator.generate(requests(1), Sampling(4), never))
+    fleet.start(0, 1)
+    for one in (generator, alone):
+        one.close()
+
+
+def test_a_server_that_hangs_is_given_up(fleet: Fleet, expected: dict[int, list[int]]) -> None:
+    generator = fleet.generator(0, 1, slots=4, silence=4.0)
+    found = []
+    try:
+        for rollout in generator.generate(requests(24), LONG, never):
+            if not found:
+                fleet.signal(1, signal.SIGSTOP)
+            found.append(rollout)
+    finally:
+        fleet.signal(1, signal.SIGCONT)
+    assert tokens(found) == expected
+    generator.close()
+
+
+def test_a_stop_request_is_heard_while_nothing_finishes(fleet: Fleet) -> None:
+    generator = fleet.generator(0)
+    begin = time.monotonic()
+    rollouts = generator.generate(requests(24), LONG, lambda: time.monotonic() > begin + 0.2)
+    assert len(list(rollouts)) < 24
+    deadline = time.monotonic() + 20
+    while health(fleet, 0)["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert health(fleet, 0)["running"] == 0, "the server goes on writing what nobody waits for"
+    generator.close()
+
+
+def health(fleet: Fleet, number: int) -> dict[str, int]:
+    answer = httpx.get(f"{fleet.url(number)}/health", headers={"authorization": f"Bearer {KEY}"}, timeout=30)
+    return dict(answer.json())
+
+
+def test_a_successor_takes_the_servers_and_the_predecessor_is_refused(
+    fleet: Fleet, weights: dict[str, torch.Tensor]
+) -> None:
+    first = fleet.generator(0)
+    first.load_weights(iter(weights.items()), version=7)
+    second = fleet.generator(0)
+    with pytest.raises(ServerRefused, match="another session"):
+        list(first.generate(requests(1), Sampling(4), never))
+    with pytest.raises(ServerRefused, match="another session"):
+        first.load_weights(iter(weights.items()), version=8)
+    (rollout,) = second.generate(requests(1), Sampling(4), never)
+    assert rollout.policy_version.tolist() == [-1] * 4
+    for one in (first, second):
+        one.close()
+
+
+def test_weights_that_are_not_what_they_should_be_change_nothing(
+    fleet: Fleet, weights: dict[str, torch.Tensor], expected: dict[int, list[int]], tmp_path: Path
+) -> None:
+    """Each folder is refused before the old weights are touched: the server goes on writing with these."""
+    generator = fleet.generator(0)
+    session = generator._servers.session
+    fine, flipped, half, other = (fleet.scratch / name for name in ("fine", "flipped", "half", "other"))
+    write_folder(weights.items(), fine, version=1)
+    shutil.copytree(fine, flipped)
+    damage(flipped / "model-00001.safetensors")
+    shutil.copytree(fine, half)
+    (half / "manifest.json").unlink()
+    write_folder(list(weights.items())[1:], other, version=1)
+    outside = tmp_path / "outside"
+    shutil.copytree(fine, outside)
+    (fleet.scratch / "link").symlink_to(outside)
+    for name in ("flipped", "half", "other", "link", "../fine", str(outside), "absent"):
+        assert post(fleet, "/refit", {"session": session, "version": 1, "name": name}) == 400, name
+    assert post(fleet, "/refit", {"session": session, "version": 2, "name": "fine"}) == 400  # the folder says 1
+    assert post(fleet, "/refit", {"session": "another", "version": 1, "name": "fine"}) == 409
+    assert tokens(list(generator.generate(requests(24), LONG, never))) == expected
+    assert post(fleet, "/refit", {"session": session, "version": 1, "name": "fine"}) == 200
+    assert post(fleet, "/refit", {"session": session, "version": 1, "name": "fine"}) == 409  # versions only grow
+    generator.close()
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def post(fleet: Fleet, path: str, values: object, key: str = KEY) -> int:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{fleet.url(0)}{path}", json=values, headers=headers, timeout=60).status_code
+
+
+def test_only_our_routes_exist_and_all_want_the_key(fleet: Fleet) -> None:
+    assert httpx.get(f"{fleet.url(0)}/health").status_code == 401
+    for path in ("/attach", "/generate", "/refit"):
+        assert httpx.post(f"{fleet.url(0)}{path}", json={}).status_code == 401
+        assert post(fleet, path, {}, key="another") == 401
+        assert post(fleet, path, {}) == 400
+    for path in (
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/v1/models",
+        "/v1/completions",
+        "/collective_rpc",
+        "/sleep",
+        "/metrics",
+    ):
+        assert post(fleet, path, {}) == 404, path
+    for values in ([], {"session": 1}, "text", {"requests": [[]]}):
+        assert post(fleet, "/generate", values) == 400
+
+
+def test_a_server_of_another_model_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path, vocab_size=48, head_dim=32)
+    servers = Servers([fleet.url(0)], "session of another", fleet.scratch, KEY)
+    with pytest.raises(ValueError, match="vocabulary of 40; expected the student's 48"):
+        VLLMGenerator(servers, model)
+    with pytest.raises(ServerRefused, match="key"):
+        VLLMGenerator(replace(servers, key="another"), fleet.model)
+
+
+def test_servers_end_with_the_process_that_started_them(fleet: Fleet) -> None:
+    """Last: it ends them."""
+    pids = [fleet.local.process(name).pid for name in ("0", "1")]
+    fleet.local.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
