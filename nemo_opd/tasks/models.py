@@ -14,7 +14,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense decoder. `heads` must divide `hidden_size` unless `head_dim` is set; `kv_heads` divides `heads`."""
+    """Sizes of a dense decoder. `heads` divides `hidden_size` unless `head_dim` is set; `kv_heads` divides `heads`."""
 
     hidden_size: int = 96
     layers: int = 2

@@ -12,8 +12,10 @@ from nemo_opd.tasks.tokenizer import write_tokenizer
 
 
 def make_workspace(folder: Path, problems: int = 64, head_dim: int | None = None) -> Path:
-    """`train.jsonl`, `heldout.jsonl`, `tokenizer/`, `student/` (2 layers) and `teacher/` (4 layers, wider); their heads may be
-    wider than the hidden size asks for."""
+    """`train.jsonl`, `heldout.jsonl`, `tokenizer/`, `student/` (2 layers) and `teacher/` (4 layers, wider).
+
+    Their heads may be wider than the hidden size asks for.
+    """
     write(folder, ArithmeticTask(terms=3), problems, 16, noise=0.0, seed=0)
     write_tokenizer(folder / "tokenizer")
     for name, hidden, layers, seed in (("student", 32, 2, 1), ("teacher", 48, 4, 2)):

@@ -1,0 +1,124 @@
+"""How requests are dealt out: with stand-ins for servers, since real ones die when they like (tests/reliability)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from nemo_opd.engines.vllm.client import ServerGone, ServerRefused
+from nemo_opd.engines.vllm.pool import Pool
+from nemo_opd.engines.vllm.wire import Attach, Generate, Refit, WireRequest, WireSampling
+
+SAMPLING = WireSampling(1.0, 1.0, 0, False)
+
+
+class Server:
+    """Answers a request after `delay` turns of the event loop; dies after `lives` answers."""
+
+    def __init__(self, url: str, delay: int = 1, lives: float = float("inf")) -> None:
+        self.url, self.delay, self.lives = url, delay, lives
+        self.portions: list[list[int]] = []
+        self.attached = self.version = -1
+        self.running = self.most = 0
+
+    async def attach(self, message: Attach, seconds: float) -> None:
+        self._alive()
+        self.attached = int(message.session)
+
+    async def refit(self, message: Refit, seconds: float) -> None:
+        self._alive()
+        self.version = message.version
+
+    async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
+        self.portions.append([request.key for request in message.requests])
+        self.running += len(message.requests)
+        self.most = max(self.most, self.running)
+        for request in message.requests:
+            for _ in range(self.delay):
+                await asyncio.sleep(0)
+            self._alive()
+            self.lives -= 1
+            self.running -= 1
+            yield {"key": request.key, "by": self.url}
+
+    def _alive(self) -> None:
+        if self.lives <= 0:
+            raise ServerGone(f"{self.url}: dead")
+
+
+def requests(count: int) -> list[WireRequest]:
+    return [WireRequest(key, (1, 2), (), key, 4) for key in range(count)]
+
+
+def write(pool: Pool, count: int) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    asyncio.run(pool.write("0", SAMPLING, (), requests(count), lines.append))
+    return lines
+
+
+def pool_of(*servers: Server, slots: int = 8) -> Pool:
+    return Pool(servers, slots)  # type: ignore[arg-type]
+
+
+def test_every_request_once_and_no_server_beyond_its_slots() -> None:
+    fast, slow = Server("fast"), Server("slow", delay=5)
+    lines = write(pool_of(fast, slow), 60)
+    assert sorted(line["key"] for line in lines) == list(range(60))
+    assert max(fast.most, slow.most) <= 8
+    by = [line["by"] for line in lines]
+    assert by.count("fast") > 2 * by.count("slow"), "whoever has least to do gets more"
+
+
+def test_few_requests_are_spread_and_neighbours_stay_together() -> None:
+    """Samples of one prompt are neighbours: one server then has the prompt's keys and values already."""
+    one, other = Server("one"), Server("other")
+    write(pool_of(one, other, slots=64), 10)
+    assert (one.portions, other.portions) == ([[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]])
+
+
+def test_what_a_lost_server_did_not_answer_goes_to_the_others() -> None:
+    pool = pool_of(Server("dying", lives=3), Server("other"))
+    lines = write(pool, 40)
+    assert sorted(line["key"] for line in lines) == list(range(40))
+    assert [line["by"] for line in lines].count("dying") == 3
+    assert pool.resent > 0
+    assert [server.url for server in pool.alive] == ["other"]
+    write(pool, 4)  # and goes on without it
+
+
+def test_no_server_left() -> None:
+    with pytest.raises(ServerGone, match="no server is left"):
+        write(pool_of(Server("a", lives=3), Server("b", lives=2)), 40)
+
+
+def test_a_lost_server_returns_with_the_next_weights() -> None:
+    dying, other = Server("dying", lives=1), Server("other")
+    pool = pool_of(dying, other)
+    write(pool, 10)
+
+    def take(version: int) -> None:
+        asyncio.run(pool.take(Refit("7", version, "folder"), Attach("7", False), 1.0))
+
+    take(1)
+    assert (dying.version, other.version) == (-1, 1)
+    dying.lives = float("inf")
+    take(2)
+    assert (dying.version, dying.attached, other.version, other.attached) == (2, 7, 2, -1)
+    assert len(pool.alive) == 2
+    dying.lives = other.lives = 0
+    with pytest.raises(ServerGone):
+        take(3)
+
+
+def test_a_refusal_is_not_a_loss() -> None:
+    class Refusing(Server):
+        async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
+            raise ServerRefused(self.url, 409, "another session")
+            yield {}
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        write(pool_of(Refusing("a")), 4)
+    assert caught.group_contains(ServerRefused)
