@@ -2,9 +2,9 @@
 
     python -m benchmarks.rollout [--sequences 8 64 256] [--tokens 64] [--repeats 3] [--threads 1] [--out FILE]
 
-Same random model, same prompts, same seeds; every response is as long as it may be, so both write the same tokens (which
-is checked). The engines take turns, each with the same number of threads; a time is the median of the repeats after one
-that is not counted. vLLM runs as in a run: a server of its own, asked over HTTP.
+Same random model, same prompts, same seeds; every response is as long as it may be. Both should write the same tokens,
+which is counted. The engines take turns, each with the same number of threads; a time is the median of the repeats,
+after one that is left out. vLLM runs as in a run: a server of its own, asked over HTTP.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def requests(sequences: int) -> list[GenerateRequest]:
     return some[:sequences]
 
 
-def seconds_and_tokens(
-    generator: Generator, sequences: int, tokens: int
-) -> tuple[float, dict[tuple[int, int], list[int]]]:
+Responses = dict[tuple[int, int], list[int]]
+"""Token ids by (prompt, sample)."""
+
+
+def seconds_and_tokens(generator: Generator, sequences: int, tokens: int) -> tuple[float, Responses]:
     begin = time.perf_counter()
     rollouts = list(generator.generate(requests(sequences), Sampling(tokens), never))
     seconds = time.perf_counter() - begin
