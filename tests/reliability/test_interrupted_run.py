@@ -69,11 +69,15 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path):
 
     first = _start(_command(folder, disturbed))
     deadline = time.monotonic() + 240
-    while len(_steps(disturbed)) < 3 and time.monotonic() < deadline and first.poll() is None:
+    while not disturbed.exists() and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.02)
+    time.sleep(1.0)  # the folder is there a moment before its lock is held
+    # While the first imports what it needs, which takes longer than a refusal: later it might end before the signal.
     second = subprocess.run(_command(folder, disturbed), capture_output=True, text=True, check=False)
     assert second.returncode == 2
     assert "in use by process" in second.stderr
+    while len(_steps(disturbed)) < 3 and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
     first.send_signal(signal.SIGINT)
     code, output = _finish(first)
     assert code == 75, output

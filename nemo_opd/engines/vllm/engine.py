@@ -123,7 +123,7 @@ class EngineThread:
         try:
             while self._turn():
                 self.steps += 1
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, those who wait must hear of it
             log.exception("the engine failed")
             self.failure = error
             for job in self._jobs.values():

@@ -56,6 +56,8 @@ def _checked(cls: type, name: str, hint: object, value: object) -> Any:
 
 @dataclass(frozen=True)
 class Attach(_Message):
+    """A client begins a session."""
+
     session: str
     reload: bool
     """Go back to the weights of the server's own folder; otherwise a server that was given others refuses to write
@@ -64,6 +66,8 @@ class Attach(_Message):
 
 @dataclass(frozen=True)
 class Attached(_Message):
+    """What the server is."""
+
     vocab_size: int
     positions: int
     """Longest sequence, prompt included."""
@@ -73,6 +77,8 @@ class Attached(_Message):
 
 @dataclass(frozen=True)
 class WireSampling(_Message):
+    """`nemo_opd.types.Sampling` without its length, which each request has for itself."""
+
     temperature: float
     top_p: float
     top_k: int
@@ -85,6 +91,8 @@ class WireSampling(_Message):
 
 @dataclass(frozen=True)
 class WireRequest(_Message):
+    """One response to write."""
+
     key: int
     """Names the request in the answer."""
     prompt: tuple[int, ...]
@@ -97,6 +105,8 @@ class WireRequest(_Message):
 
 @dataclass(frozen=True)
 class Generate(_Message):
+    """Responses to write, all with the same sampling; they start together."""
+
     session: str
     sampling: WireSampling
     eos_ids: tuple[int, ...]
@@ -115,6 +125,8 @@ class Generate(_Message):
 
 @dataclass(frozen=True)
 class Written(_Message):
+    """A finished response, a line of the stream."""
+
     key: int
     ids: tuple[int, ...]
     """Drawn tokens, EOS included; not the prefix."""
@@ -126,6 +138,8 @@ class Written(_Message):
 
 @dataclass(frozen=True)
 class Refit(_Message):
+    """A set of weights to take."""
+
     session: str
     version: int
     name: str
