@@ -38,15 +38,17 @@ REPEATED = "response/repeated_3grams"
 STUDENT_ENTROPY, TEACHER_ENTROPY = "train/student_entropy", "train/teacher_entropy"
 WRITTEN = "tokens/written"
 MASSES = ("train/student_mass", "train/teacher_mass")
-KL = ("train/kl", "train/sampled_kl", "loss/total")
+KL = ("train/kl", "train/sampled_kl")
 """The first that a run reports stands for its distance from the teacher."""
+LOSS = "loss/total"
+"""May be any objective: it tells that a run blows up, and nothing about a teacher."""
 GRAD_NORM = "optimizer/grad_norm"
 DROPPED = "tokens/dropped_share"
 OUT_OF_BOUNDS = "train/importance_out_of_bounds"
 
 WATCHED = frozenset(
     {REWARD, LENGTH, TRUNCATED, REPEATED, STUDENT_ENTROPY, TEACHER_ENTROPY, WRITTEN, GRAD_NORM, DROPPED, OUT_OF_BOUNDS}
-    | {*MASSES, *KL}
+    | {*MASSES, *KL, LOSS}
 )
 """Metrics that the rules read."""
 
@@ -143,15 +145,15 @@ def agreement_trap(history: History, threshold: float) -> Measured | None:
 
 
 def divergence(history: History, threshold: float) -> Measured | None:
-    """KL or gradient norm blow up, or are no numbers any more, in most steps of the window."""
+    """KL (where there is none, the loss) or gradient norm blow up, or are no numbers, in most steps of the window."""
     found = []
-    kl = next((name for name in KL if history.latest(name)), "")
-    for name, least in ((kl, LEAST_KL), (GRAD_NORM, LEAST_GRAD_NORM)):
+    distance = next((name for name in (*KL, LOSS) if history.latest(name)), LOSS)
+    for name, least in ((distance, LEAST_KL), (GRAD_NORM, LEAST_GRAD_NORM)):
         latest, start = history.latest(name), history.start(name)
         if latest is None or start is None:
             continue
         now, before = statistics.median(latest), statistics.median(start)
-        what = "the KL" if name == kl else "the gradient norm"
+        what = "the gradient norm" if name == GRAD_NORM else "the loss" if name == LOSS else "the KL"
         if now > NOT_FINITE / 4:  # the median of an even number of steps is a mean of two
             found.append((NOT_FINITE, f"{what} is not a number"))
         elif before < NOT_FINITE:

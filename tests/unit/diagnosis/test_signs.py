@@ -119,7 +119,7 @@ def test_nothing_is_said_before_the_warm_up_ends():
 
 def test_a_metric_that_a_run_does_not_have_is_not_judged():
     found = verdicts((step, {"loss/total": metrics["loss/total"]}) for step, metrics in run(healthy(), 100))
-    assert set(found[-1].metrics) == {"diagnosis/agreement_trap", "diagnosis/divergence"}
+    assert set(found[-1].metrics) == {"diagnosis/divergence"}
 
 
 def test_sft_from_random_weights_is_no_collapse():
@@ -169,6 +169,19 @@ def test_numbers_that_are_none_are_a_divergence(value):
 def test_falling_kl_alone_is_no_trap():
     quick = together(*(times(name, 0.01) for name in ("train/kl", "train/sampled_kl", "loss/total")))
     assert seen(verdicts(run(healthy(1), 400, quick))) == {}
+
+
+def test_without_a_teacher_a_falling_loss_is_no_agreement():
+    """A policy gradient on rewards alone: the loss is about 0 and of either sign."""
+
+    step = healthy(1)
+
+    def rewarded(number):
+        metrics = {name: value for name, value in step(number).items() if "kl" not in name}
+        return metrics | {"loss/total": 0.05 if number < 20 else -0.05}
+
+    signs = seen(verdicts(run(rewarded, 400, towards("reward/mean", 0.05))))
+    assert "agreement_trap" not in signs and "degradation" in signs
 
 
 def test_a_resumed_run_decides_the_same():
