@@ -354,13 +354,13 @@ def token_metrics(
 ) -> dict[str, float]:
     """Tokens of this step, and their totals since the start of the run.
 
-    `without_context` are those that the teacher was not asked about, `dropped` those whose score did not arrive;
-    `discarded` were written, but the stop rule cut them off.
+    `written` counts rollouts that were passed over too. `without_context` are those that the teacher was not asked
+    about, `dropped` those whose score did not arrive; `discarded` were written, but the stop rule cut them off.
     """
     pairs = zip(rollouts, contexts, strict=True)
     silent = float(sum(int(rollout.loss_mask.sum()) for rollout, context in pairs if context is None))
     step = {
-        "written": float(sum(int((rollout.policy_version >= 0).sum()) for rollout in rollouts) + discarded),
+        "written": float(sum(int((r.policy_version >= 0).sum()) for r in [*rollouts, *passed_over]) + discarded),
         "trained": counts["trained"],
         "dropped": counts["dropped"] - silent,
         "without_context": silent,

@@ -1,4 +1,7 @@
-"""`nemo-opd train` as a user has it: two processes, Ctrl-C in the middle, the same command again."""
+"""Runs that end in the middle and are started again with the same command.
+
+First `nemo-opd train` as a user has it: two processes, and Ctrl-C. Then a step that goes on to further prompts.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_opd.configuration.load import load
+from nemo_opd.types import Prompt, Rollout
+from tests.helpers.ranks import RankPool
 from tests.helpers.workspace import make_workspace
 
 STEPS = 40
@@ -118,3 +128,84 @@ def _check_export_and_evaluation(folder: Path, run_dir: Path) -> None:
         results.append(json.loads(out.read_text()))
     assert results[0] == results[1]
     assert results[0]["estimates"][0]["problems"] == 16
+
+
+KILLED = -1
+BREAKS_IN = 3
+"""Steps done when the run ends in the second draw of the next one: that of step 2 is the last checkpoint due."""
+
+
+class _KilledError(Exception):
+    """In the place of a process that is no more."""
+
+
+def _redrawing(folder: Path, run_dir: Path) -> list[str]:
+    """An untrained student that is right by luck, in two replicas; prompts that it always fails are replaced."""
+    values = {
+        **{"algorithm": "rlvr", "run.dir": run_dir, "student.model": folder / "student", "student.dtype": "float32"},
+        **{"data.path": folder / "train.jsonl", "data.max_prompt_tokens": 32, "verify.name": "integer"},
+        **{"rollout.samples_per_prompt": 16, "rollout.max_new_tokens": 12, "rollout.batch_size": 64},
+        **{"reward.equal_groups": "redraw", "reward.redraws": 3, "optimizer.lr": 1e-2, "checkpoint.every": 2},
+        **{"train.steps": 5, "train.prompts_per_step": 4, "train.micro_batch_tokens": 512, "observe.progress": "false"},
+        "observe.rollouts_per_step": 1000,
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def _attempt(rank: int, overrides: Sequence[str], breaks: str = "") -> int:
+    """Run until the end, or until it `breaks` in a redraw: by a signal to one process, or by the end of both."""
+    from nemo_opd import loop, session
+    from nemo_opd.engines.megatron.parallel import destroy_student_groups
+
+    destroy_student_groups()
+    draws: Counter[int] = Counter()
+    write: Callable[..., Iterator[Rollout]] = loop.written
+
+    def written(run: Any, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
+        draws[run.state.step] += 1
+        if breaks and run.state.step == BREAKS_IN and draws[BREAKS_IN] == 2:
+            if breaks == "killed":
+                raise _KilledError
+            if rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+        yield from write(run, prompts)
+
+    with mock.patch.object(loop, "written", written):
+        try:
+            return session.run(load(None, overrides))
+        except _KilledError:
+            return KILLED
+
+
+def _remembered(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a run says of its steps, apart from the time they took, and all that it wrote in them."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))} for line in lines]
+    return steps, [path.read_text() for path in sorted((run_dir / "rollouts").glob("step-*.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks2: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder below the models and data."""
+    run_dir = make_workspace(tmp_path_factory.mktemp("redraw")) / "undisturbed"
+    assert ranks2.run(_attempt, [*_redrawing(run_dir.parent, run_dir), "checkpoint.every=100"]) == [0, 0]
+    return run_dir
+
+
+@pytest.mark.parametrize(("breaks", "code", "saved"), [("asked", 75, BREAKS_IN), ("killed", KILLED, 2)])
+def test_a_run_that_ends_between_two_draws_draws_the_same_again(
+    ranks2: RankPool, undisturbed: Path, breaks: str, code: int, saved: int
+) -> None:
+    disturbed = undisturbed.with_name(breaks)
+    overrides = _redrawing(undisturbed.parent, disturbed)
+    assert ranks2.run(_attempt, overrides, breaks) == [code, code]
+    assert max(path.name for path in (disturbed / "checkpoints").iterdir()) == f"step-{saved:08d}"
+    assert ranks2.run(_attempt, overrides) == [0, 0]
+
+    (ours, rollouts), (theirs, others) = map(_remembered, (disturbed, undisturbed))
+    assert ours == theirs and rollouts == others
+    assert [step["step"] for step in ours] == [1, 2, 3, 4, 5]
+    assert all(step["reward/passed_over_groups"] > 0 for step in ours)
+    assert sum(step["tokens/trained"] > 0 for step in ours) > 3, "some groups were learnt from"
+    ours_end, theirs_end = _weights(disturbed), _weights(undisturbed)
+    assert all(torch.equal(ours_end[name], theirs_end[name]) for name in theirs_end)

@@ -12,7 +12,7 @@ import torch
 
 from nemo_opd.checkpoint.store import RunState
 from nemo_opd.config import GroupRelativeReward, NoReward, SlotConfig
-from nemo_opd.loop import drawn_rollouts, reward_metrics
+from nemo_opd.loop import drawn_rollouts, reward_metrics, token_metrics
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import Prompt, Rollout
@@ -82,6 +82,9 @@ def test_equal_groups_are_replaced_by_the_next_prompts() -> None:
     metrics = reward_metrics(run, kept, passed_over)
     assert metrics["reward/equal_groups"] == metrics["reward/passed_over_groups"] == 2
     assert run.state.counters["passed_over_groups"] == 2
+    counts = {"trained": 6.0, "dropped": 0.0}
+    tokens = token_metrics(run.state, kept, passed_over, [()] * len(kept), counts, discarded=0)
+    assert tokens["tokens/written"] == 4 * 3 * 3, "what was passed over was written too"
     again = drawn_rollouts(run)
     assert again is not None and _prompts(again[0]) == [6, 9], "the stream goes on where the step ended"
     assert reward_metrics(run, *again)["reward/passed_over_groups_total"] == 2 + 4
