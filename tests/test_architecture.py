@@ -19,7 +19,7 @@ PACKAGE = "nemo_opd"
 NOUNS = {"types", "config", "errors", "processes"}
 """What everybody may import: what flows, what is set, what goes wrong, who takes part."""
 
-SCORE = {"engines.protocols", "engines.requests", "vocab", "packing"}
+SCORE = {"engines.protocols", "engines.requests", "engines.exchange", "vocab", "packing"}
 GENERATE = {"engines.protocols", "engines.generation", "vocab", "refit.manifest", "refit.folder"}
 """What engines have in common that score, and that write."""
 
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"vocab", *NOUNS},
     "engines.protocols": {"types"},
     "engines.requests": {"types"},
+    "engines.exchange": set(),
     "engines.generation": {"types"},
     "engines.hf": {*GENERATE, *SCORE, *NOUNS},
     "engines.megatron": {*SCORE, *NOUNS},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_opd.engines.megatron.exchange import Message, exchange
+from nemo_opd.engines.exchange import Message, exchange
 from tests.helpers.ranks import RankPool
 
 PLAN = [
