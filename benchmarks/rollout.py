@@ -22,7 +22,8 @@ import torch
 from benchmarks.step import machine
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.protocols import Generator
-from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
+from nemo_opd.engines.vllm.calls import Servers
+from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.engines.vllm.local import LocalServers
 from nemo_opd.engines.vllm.settings import WRITER, ServerSettings
 from nemo_opd.rollout.seeds import derive_seed

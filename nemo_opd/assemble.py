@@ -6,9 +6,10 @@ import functools
 import logging
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ from nemo_opd.engines.megatron.trainer import MegatronTrainer, TeacherOutput
 from nemo_opd.engines.megatron.weights import load_output_weight, save_hf_checkpoint
 from nemo_opd.engines.protocols import Generator, Scorer
 from nemo_opd.engines.vllm.generator import VLLMGenerator
-from nemo_opd.engines.vllm.writers import WriterServers
+from nemo_opd.engines.vllm.run_servers import RunServers, teacher_servers, writer_servers
+from nemo_opd.engines.vllm.scorer import VLLMScorer
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run
@@ -63,13 +65,18 @@ log = logging.getLogger(__name__)
 def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     folder = Path(config.run.dir)
-    writers = WriterServers(config, processes) if uses_writers(config) else None
+    writers = writer_servers(config, processes) if uses_writers(config) else None
+    served = {
+        key: teacher_servers(config, key, processes)
+        for key, teacher in config.every_teacher().items()
+        if teacher.engine == "vllm"
+    }
     tokenizer = load_tokenizer(config.student.model)
     loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
     config_text = to_yaml(config)
     store = CheckpointStore(folder, processes, config.checkpoint.keep)
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
-    scorer = build_scorer(config, trainer, tokenizer, loss.needs.need)
+    scorer = build_scorer(config, trainer, tokenizer, loss.needs.need, served)
     generator = build_generator(config, tokenizer, writers)
     prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
     newest = store.newest()
@@ -154,7 +161,7 @@ def uses_writers(config: Config) -> bool:
 
 
 def build_generator(
-    config: Config, tokenizer: Tokenizer, writers: WriterServers | None = None, read_weights: bool = False
+    config: Config, tokenizer: Tokenizer, writers: RunServers | None = None, read_weights: bool = False
 ) -> Generator | None:
     """The student as a writer; None where nothing is generated (SFT without evaluation).
 
@@ -186,12 +193,21 @@ def build_generator(
     )
 
 
-def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer, need: Need) -> Scorer | None:
-    """The teacher, or all of several, when the loss needs one; output layers go to the ranks that compute the loss."""
+def build_scorer(
+    config: Config,
+    trainer: MegatronTrainer,
+    tokenizer: Tokenizer,
+    need: Need,
+    served: Mapping[str, RunServers] = MappingProxyType({}),
+) -> Scorer | None:
+    """The teacher, or all of several, when the loss needs one; output layers go to the ranks that compute the loss.
+
+    `served`: servers of teachers that have some, by key.
+    """
     if need is Need.NOTHING:
         return None
     teachers = list(config.every_teacher().values())
-    built = [_one_teacher(config, key, trainer, tokenizer) for key in config.every_teacher()]
+    built = [_one_teacher(config, key, trainer, tokenizer, served.get(key)) for key in config.every_teacher()]
     scorers, outputs = [scorer for scorer, _ in built], [output for _, output in built]
     if config.data.teacher_key is not None:
         for number, (output, teacher) in enumerate(zip(outputs, teachers, strict=True)):
@@ -205,14 +221,14 @@ def build_scorer(config: Config, trainer: MegatronTrainer, tokenizer: Tokenizer,
 
 
 def _one_teacher(
-    config: Config, key: str, trainer: MegatronTrainer, tokenizer: Tokenizer
+    config: Config, key: str, trainer: MegatronTrainer, tokenizer: Tokenizer, servers: RunServers | None
 ) -> tuple[Scorer, TeacherOutput]:
     """A scorer, and where its output layer comes from; `tokenizer` is the student's."""
     teacher = config.every_teacher()[key]
     config = replace(config, teacher=teacher)
     output: TeacherOutput
     if teacher.source == "external":
-        scorer, output = build_external_scorer(config, tokenizer, f"{key}.model"), str(teacher.model)
+        scorer, output = build_external_scorer(config, tokenizer, f"{key}.model", servers), str(teacher.model)
     else:
         output = trainer.self_teacher(teacher.source, teacher.decay)
         scorer = MegatronScorer(config, output)
@@ -222,13 +238,21 @@ def _one_teacher(
     return WithBase(scorer, build_external_scorer(base, tokenizer, f"{key}.base_model")), output
 
 
-def build_external_scorer(config: Config, tokenizer: Tokenizer, key: str = "teacher.model") -> Scorer:
-    """The model of `teacher.model` as a scorer; `tokenizer` is the student's, `key` is for messages."""
+def build_external_scorer(
+    config: Config, tokenizer: Tokenizer, key: str = "teacher.model", servers: RunServers | None = None
+) -> Scorer:
+    """The model of `teacher.model` as a scorer; `tokenizer` is the student's, `key` is for messages.
+
+    `servers`: of a teacher that has some; None: they are started here.
+    """
     teacher, model = config.teacher, Path(str(config.teacher.model))
     check_same_tokens(tokenizer, load_tokenizer(model, key), key)
-    if teacher.engine != "hf":
+    if teacher.engine == "megatron":
         return MegatronScorer(config)
     vocab_size = read_architecture(config.student.model).vocab_size
+    if teacher.engine == "vllm":
+        servers = servers or teacher_servers(config, "teacher", Processes.current())
+        return VLLMScorer(servers.servers(), vocab_size, model=model, end_servers=servers.close)
     return HFScorer(model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size)
 
 

@@ -80,7 +80,9 @@ class TeacherConfig(LayoutConfig):
     """
 
     engine: str = "megatron"
-    """megatron (own layout over the same processes), hf (dense, whole in every process) or none"""
+    """megatron (own layout over the same processes), hf (dense, whole in every process), vllm (servers) or none"""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    """Of engine vllm."""
     source: str = "external"
     """Whose weights: external (those of `model`), or the student's own: current, frozen (as at the start of the run)
     or ema (moving average, part of the checkpoint)"""
@@ -93,7 +95,7 @@ class TeacherConfig(LayoutConfig):
     dtype: str = "bfloat16"
     """Of an external teacher."""
     micro_batch_tokens: int = 4096
-    """Positions of one scoring micro-batch."""
+    """Positions of one scoring micro-batch, in a process or in a server of our own."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from nemo_opd.errors import ConfigError
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.dtype": ("bfloat16", "float32", "float64"),
     "teacher.dtype": ("bfloat16", "float32", "float64"),
-    "teacher.engine": ("megatron", "hf", "none"),
+    "teacher.engine": ("megatron", "hf", "vllm", "none"),
     "teacher.source": ("external", "current", "frozen", "ema"),
     "rollout.engine": ("hf", "vllm"),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
@@ -80,7 +81,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
     **{
-        f"rollout.servers.{name}": bounds
+        f"{section}.servers.{name}": bounds
+        for section in ("rollout", "teacher")
         for name, bounds in {
             "count": (1, 4096),
             "tensor_parallel_size": (1, 64),
@@ -358,6 +360,8 @@ def _scoring_model(key: str, name: str, teacher: TeacherConfig, student: ModelSi
     if sizes.vocabulary < student.vocabulary:
         got, expected = f"a vocabulary of {sizes.vocabulary}", f"at least the student's {student.vocabulary}"
         raise ConfigError(f"{key}.{name}", got, expected, "use a teacher that knows every token of the student")
+    if teacher.engine == "vllm" and sizes.positions is not None:  # a server keeps one for a token that it would write
+        return replace(sizes, positions=sizes.positions - 1)
     return sizes
 
 

@@ -11,6 +11,7 @@ from nemo_opd.config import (
     MixedPrefix,
     PrefixWeight,
     SamePromptContext,
+    SlotConfig,
     TeacherMixedPrefix,
     TeacherPrefix,
 )
@@ -45,8 +46,7 @@ def weight_rules(config: Config) -> None:
     _importance(config)
     _base(config)
     loss = config.loss
-    served = getattr(loss, "teacher", "full") == "scores" or getattr(loss, "outlier", "forward_kl") != "forward_kl"
-    whole = (loss.reads_whole_teacher and not served) or getattr(loss, "low_entropy", None) is not None
+    whole = reads_whole_teacher(loss)
     if isinstance(config.weight, EntropyWeight) and config.weight.of == "teacher" and not whole:
         expected = f"student with loss {loss.name}, which does not ask for the teacher's whole distribution"
         raise ConfigError("weight.of", "teacher", expected, "choose weight.of=student, or a loss over distributions")
@@ -57,6 +57,12 @@ def weight_rules(config: Config) -> None:
         )
         way_out = "choose loss=policy_gradient, k2, or one that reads the teacher's whole distribution"
         raise ConfigError("weight.name", "prefix", expected, way_out)
+
+
+def reads_whole_teacher(loss: SlotConfig) -> bool:
+    """Does the loss, as it is set, ask for the teacher's whole distribution?"""
+    few = getattr(loss, "teacher", "full") == "scores" or getattr(loss, "outlier", "forward_kl") != "forward_kl"
+    return (loss.reads_whole_teacher and not few) or getattr(loss, "low_entropy", None) is not None
 
 
 def _base(config: Config) -> None:

@@ -6,12 +6,24 @@ import importlib.util
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nemo_opd.config import Config, DatasetPrefix, ServersConfig, TeacherMixedPrefix, TrapStop
+from nemo_opd.config import Config, DatasetPrefix, ServersConfig, TeacherConfig, TeacherMixedPrefix, TrapStop
+from nemo_opd.configuration.objective_rules import reads_whole_teacher
 from nemo_opd.errors import ConfigError
+
+SERVED_LOSSES = (
+    "policy_gradient, k2, trust_region with loss.outlier=mask or clip, and stop_gradient, tail or renormalised with "
+    "loss.teacher=scores and loss.support=teacher or intersection"
+)
 
 
 def server_rules(config: Config) -> None:
     """Raises ConfigError for servers that would not be used, cannot be reached, or cannot do what is asked."""
+    _writers(config)
+    for key, teacher in config.every_teacher().items():
+        _teacher(config, key, teacher)
+
+
+def _writers(config: Config) -> None:
     if config.rollout.engine != "vllm":
         if config.rollout.servers != ServersConfig():
             way_out = "set rollout.engine=vllm, or leave rollout.servers out"
@@ -27,7 +39,38 @@ def server_rules(config: Config) -> None:
         raise ConfigError("rollout.engine", "vllm", expected, "set rollout.engine=hf, or leave stop out")
     if config.rollout.dtype == "float64":
         raise ConfigError("rollout.dtype", "float64", "bfloat16 or float32 with engine vllm", "choose one of these")
-    _reachable("rollout.servers", config.rollout.servers)
+    servers = config.rollout.servers
+    if servers.urls is not None and servers.weights_dir is None:
+        way_out = "set it to what the servers were started with"
+        expected = "the folder that these servers read weights from"
+        raise ConfigError("rollout.servers.weights_dir", "nothing", expected, way_out)
+    _reachable("rollout.servers", servers)
+
+
+def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
+    if teacher.engine != "vllm":
+        if teacher.servers != ServersConfig():
+            way_out = f"set {key}.engine=vllm, or leave {key}.servers out"
+            raise ConfigError(f"{key}.servers", "settings", f"none with engine {teacher.engine}", way_out)
+        return
+    few = "which reports a few log-probabilities per token"
+    if reads_whole_teacher(config.loss):
+        way_out = f"choose one of {SERVED_LOSSES}, or set {key}.engine=megatron"
+        expected = f"a loss that a served teacher can serve, {few}"
+        raise ConfigError("loss.name", config.loss.name, expected, way_out)
+    if isinstance(config.stop, TrapStop) and config.stop.divergence == "full":
+        expected = f"tail with {key}.engine=vllm, {few}"
+        raise ConfigError("stop.divergence", "full", expected, "set stop.divergence=tail")
+    if teacher.base_model is not None:
+        expected = f"nothing with {key}.engine=vllm, whose servers hold one model"
+        way_out = f"set {key}.engine=megatron, or choose another loss"
+        raise ConfigError(f"{key}.base_model", teacher.base_model, expected, way_out)
+    if teacher.dtype == "float64":
+        raise ConfigError(f"{key}.dtype", "float64", "bfloat16 or float32 with engine vllm", "choose one of these")
+    if teacher.servers.weights_dir is not None:
+        expected = "nothing, as a teacher takes no weights from the run"
+        raise ConfigError(f"{key}.servers.weights_dir", teacher.servers.weights_dir, expected, "leave it out")
+    _reachable(f"{key}.servers", teacher.servers)
 
 
 def _reachable(key: str, servers: ServersConfig) -> None:
@@ -44,9 +87,6 @@ def _reachable(key: str, servers: ServersConfig) -> None:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             expected = "addresses as in http://node1:8000,http://node2:8000"
             raise ConfigError(f"{key}.urls", url, expected, "correct it")
-    if servers.weights_dir is None:
-        way_out = "set it to what the servers were started with"
-        raise ConfigError(f"{key}.weights_dir", "nothing", "the folder that these servers read weights from", way_out)
 
 
 def _devices(key: str, servers: ServersConfig) -> None:

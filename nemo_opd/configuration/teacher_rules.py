@@ -39,11 +39,14 @@ def _one(config: Config, key: str, teacher: TeacherConfig) -> None:
         if key == "teacher":
             way_out += ", or teacher.engine=none with loss=cross_entropy"
         raise ConfigError(f"{key}.model", "nothing", "a model folder", way_out)
-    if teacher.engine == "hf":
+    if teacher.engine in ("hf", "vllm"):
+        why = "1, as the hf engine does not split" if teacher.engine == "hf" else "1, as it is on servers of its own"
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if (got := attrgetter(name)(teacher)) > 1:
                 way_out = f"set both sizes to 1, or {key}.engine=megatron"
-                raise ConfigError(f"{key}.{name}", got, "1, as the hf engine does not split", way_out)
+                if teacher.engine == "vllm":
+                    way_out = f"set both sizes to 1; {key}.servers.tensor_parallel_size splits a server's model"
+                raise ConfigError(f"{key}.{name}", got, why, way_out)
 
 
 def _self(config: Config, key: str, teacher: TeacherConfig) -> None:
@@ -79,7 +82,9 @@ def _several(config: Config) -> None:
         raise ConfigError("teachers", names, expected, "leave them out, or choose a loss that learns from a teacher")
     for name, teacher in config.teachers.items():
         if teacher.engine == "none":
-            raise ConfigError(f"teachers.{name}.engine", "none", "megatron or hf", f"leave teachers.{name} out instead")
+            raise ConfigError(
+                f"teachers.{name}.engine", "none", "megatron, hf or vllm", f"leave teachers.{name} out instead"
+            )
     averages = [name for name, teacher in config.teachers.items() if teacher.source == "ema"]
     if len(averages) > 1:
         key = f"teachers.{averages[1]}.source"

@@ -24,6 +24,13 @@ def build(engine: str, config: Config) -> Scorer:
 
         destroy_student_groups()  # of an earlier test in this process
         return MegatronScorer(config)
+    if engine == "vllm":
+        from nemo_opd.engines.hf.model import load_model
+        from nemo_opd.engines.vllm.calls import Servers
+        from nemo_opd.engines.vllm.scorer import VLLMScorer
+
+        servers = Servers(str(config.teacher.servers.urls).split(","), "contract", Path(), slots=8)
+        return VLLMScorer(servers, load_model(config.student.model).config.vocab_size)
     assert engine == "hf"
     from nemo_opd.engines.hf.scorer import HFScorer
 
@@ -102,7 +109,8 @@ def _largest(difference: Tensor) -> float:
 
 
 def check_scorer(rank: int, engine: str, config: Config, requests: list[ScoreRequest]) -> dict[str, float]:
-    """Score with every need; returns the largest error for each. Every rank gets exactly its own answers."""
+    """Score with every need that the engine serves; returns the largest error for each. Every rank gets exactly its own
+    answers."""
     from nemo_opd.engines.hf.model import load_model
 
     scorer = build(engine, config)
@@ -110,12 +118,13 @@ def check_scorer(rank: int, engine: str, config: Config, requests: list[ScoreReq
     reference = Reference(Path(str(config.teacher.model)), load_model(config.student.model).config.vocab_size)
     mine = {request.key: request for request in requests if rank in request.consumers}
     errors = {}
-    for need in (Need.FULL, Need.SAMPLED, Need.AT_IDS, Need.TOP_K):
+    served = engine == "vllm"
+    for need in ([] if served else [Need.FULL]) + [Need.SAMPLED, Need.AT_IDS, Need.TOP_K]:
         needs = TeacherNeeds(need, k=K)
         answers = list(scorer.score(requests, needs))
         assert sorted(a.key for a in answers) == sorted(mine), "each consumer gets each of its answers once"
         errors[need.name] = max((error(a, mine[a.key], needs, reference) for a in answers), default=0.0)
-    assert list(scorer.score([], TeacherNeeds(Need.FULL))) == []
+    assert list(scorer.score([], TeacherNeeds(Need.SAMPLED if served else Need.FULL))) == []
     assert not any(isinstance(x, Tensor) and x.requires_grad for a in answers for x in vars(a).values())
     scorer.close()
     scorer.close()

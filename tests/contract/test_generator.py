@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.protocols import Generator
-from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
+from nemo_opd.engines.vllm.calls import Servers
+from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import Author, Finish, GenerateRequest, Prompt, Rollout, Sampling
 from tests.helpers.servers import serving

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_opd.config import ServersConfig
+from nemo_opd.engines.vllm.settings import TEACHER
 from tests.contract.scorers import check_scorer, random_requests, refusals
 from tests.helpers.megatron import recipe
 from tests.helpers.ranks import RankPool
+from tests.helpers.servers import serving
 from tests.helpers.tiny import tiny_checkpoint
 
 TOLERANCE = 1e-4
@@ -21,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "student": tiny_checkpoint(root / "student", "llama", vocab_size=90, num_hidden_layers=2),
         "qwen3": tiny_checkpoint(root / "qwen3", "qwen3", vocab_size=90, seed=1),
-        "wide": tiny_checkpoint(root / "wide", "qwen3", vocab_size=101, seed=2),
+        "wide": tiny_checkpoint(root / "wide", "qwen3", vocab_size=101, seed=2, head_dim=32),
         "tied": tiny_checkpoint(root / "tied", "qwen2", vocab_size=90, seed=3, tie_word_embeddings=True),
     }
 
@@ -75,6 +79,29 @@ def test_ids_that_only_the_teacher_has_are_left_out(ranks2: RankPool, folders: d
 
 def test_hf_with_two_consumers(ranks2: RankPool, folders: dict[str, Path]) -> None:
     run(ranks2, "hf", folders, "qwen3", [(0,), (1, 0)])
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServersConfig]:
+    """vLLM with a teacher that knows more ids than its student."""
+    scratch = tmp_path_factory.mktemp("vllm")
+    with serving(folders["wide"], scratch, 1, role=TEACHER, scored_ids=90, batch_tokens=64, max_running=8) as (url,):
+        yield ServersConfig(urls=url)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("consumers", [[(0,), (1,)], [(0, 1), (1,), (1, 0)]], ids=["one each", "several"])
+def test_on_servers(
+    ranks2: RankPool, folders: dict[str, Path], served: ServersConfig, consumers: list[tuple[int, ...]]
+) -> None:
+    run(ranks2, "vllm", folders, "wide", consumers, teacher__servers=served)
+
+
+@pytest.mark.slow
+def test_what_is_refused_on_servers(ranks1: RankPool, folders: dict[str, Path], served: ServersConfig) -> None:
+    config = recipe(folders["student"], folders["wide"], teacher__servers=served)
+    ((context, at_ids, ids, k),) = ranks1.run(refusals, "vllm", config, random_requests(3, 90, [(0,)]))
+    assert "context" in context and "at_ids" in at_ids and "ids" in ids and "k" in k
 
 
 LAYOUTS_4 = {

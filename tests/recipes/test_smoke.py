@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from _pytest.mark import ParameterSet
 
 from tests.helpers.ranks import RankPool
+from tests.helpers.servers import START_SECONDS, need_vllm
 from tests.helpers.workspace import make_workspace
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "smoke").glob("*.yaml"))
@@ -22,7 +24,7 @@ PLACE = "data/smoke/"
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train.jsonl`, `heldout.jsonl`, `student/` and `teacher/`, as `data/smoke/` has them."""
-    return make_workspace(tmp_path_factory.mktemp("smoke"), problems=20)
+    return make_workspace(tmp_path_factory.mktemp("smoke"), problems=20, head_dim=32)  # which vLLM has kernels for
 
 
 def moved(values: Mapping[str, Any], files: Path, prefix: str = "") -> Iterator[str]:
@@ -43,12 +45,24 @@ def train(rank: int, recipe: Path, overrides: list[str]) -> int:
     return session.run(load(recipe, overrides))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def parameters() -> Iterator[ParameterSet]:
+    """Recipes; those that start servers are slow."""
+    for path in RECIPES:
+        yield pytest.param(path, id=path.stem, marks=pytest.mark.slow if starts_servers(path) else ())
+
+
+def starts_servers(recipe: Path) -> bool:
+    return "engine: vllm" in recipe.read_text()
+
+
+@pytest.mark.parametrize("recipe", parameters())
 def test_two_steps(recipe: Path, files: Path, tmp_path: Path, ranks1: RankPool) -> None:
     text = recipe.read_text()
     assert text.count("\n") <= 40
     overrides = [*moved(yaml.safe_load(text), files), f"run.dir={tmp_path}", "observe.progress=false", "train.steps=2"]
-    assert ranks1.run(train, recipe, overrides) == [0]
+    if starts_servers(recipe):
+        need_vllm()
+    assert ranks1.run(train, recipe, overrides, timeout=START_SECONDS) == [0]
     reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [report for report in reports if "loss/total" in report]
     assert [report["step"] for report in steps] == [1, 2]

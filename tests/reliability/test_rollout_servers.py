@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,40 +15,24 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_opd.engines.hf.generator import HFGenerator
+from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.client import ServerGone, ServerRefused
-from nemo_opd.engines.vllm.generator import Servers, VLLMGenerator
-from nemo_opd.engines.vllm.local import LocalServers
+from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.refit.folder import write_folder
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
-from tests.helpers.servers import START_SECONDS, free_port, need_vllm, server_settings
+from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
 LONG = Sampling(200)
-KEY = "a key for tests"
 
 
-@dataclass
-class Fleet:
-    """Two servers of one model, at addresses that stay."""
+class Writers(Fleet):
+    """With generators that ask them; each is a session of its own."""
 
-    model: Path
-    scratch: Path
-    local: LocalServers
-    ports: tuple[int, int]
-    attached: int = 0
-
-    def start(self, *numbers: int) -> None:
-        for number in numbers:
-            port = self.ports[number]
-            settings = server_settings(self.model, self.scratch, port=port, key_file=str(self.scratch / "key"))
-            self.local.start(str(number), settings)
-        self.local.urls(START_SECONDS)
-
-    def url(self, number: int) -> str:
-        return f"http://127.0.0.1:{self.ports[number]}"
+    attached = 0
 
     def generator(self, *numbers: int, slots: int = 64, silence: float = 30.0) -> VLLMGenerator:
         self.attached += 1
@@ -57,27 +40,12 @@ class Fleet:
         servers = Servers(urls, f"session {self.attached}", self.scratch, KEY, slots, silence_seconds=silence)
         return VLLMGenerator(servers, self.model)
 
-    def signal(self, number: int, what: signal.Signals) -> None:
-        os.kill(self.local.process(str(number)).pid, what)
-
-    def kill(self, number: int) -> None:
-        self.signal(number, signal.SIGKILL)
-        self.local.process(str(number)).wait()
-
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    need_vllm()
-    scratch = tmp_path_factory.mktemp("fleet")
-    (scratch / "key").touch(mode=0o600)
-    (scratch / "key").write_text(KEY + "\n")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writers]:
     model = tiny_checkpoint(tmp_path_factory.mktemp("student"), vocab_size=40, head_dim=32)
-    fleet = Fleet(model, scratch, LocalServers(scratch / "logs", scratch), (free_port(), free_port()))
-    try:
-        fleet.start(0, 1)
+    with Writers(model, tmp_path_factory.mktemp("fleet")) as fleet:
         yield fleet
-    finally:
-        fleet.local.close()
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +68,13 @@ def tokens(rollouts: list[Rollout]) -> dict[int, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(fleet: Fleet) -> dict[int, list[int]]:
+def expected(fleet: Writers) -> dict[int, list[int]]:
     """What the requests' seeds and the folder's weights say, whoever writes."""
     return tokens(list(HFGenerator(fleet.model, eos_ids=()).generate(requests(24), LONG, never)))
 
 
 def test_a_server_killed_while_it_writes_costs_nothing_but_time(
-    fleet: Fleet, weights: dict[str, torch.Tensor], expected: dict[int, list[int]]
+    fleet: Writers, weights: dict[str, torch.Tensor], expected: dict[int, list[int]]
 ) -> None:
     """Its requests are written by the other, the same tokens; it comes back with the next refit."""
     generator = fleet.generator(0, 1, slots=4)
@@ -131,7 +99,7 @@ def test_a_server_killed_while_it_writes_costs_nothing_but_time(
     generator.close()
 
 
-def test_a_server_killed_while_weights_are_on_their_way(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
+def test_a_server_killed_while_weights_are_on_their_way(fleet: Writers, weights: dict[str, torch.Tensor]) -> None:
     generator = fleet.generator(0, 1)
 
     def killing() -> Iterator[tuple[str, torch.Tensor]]:
@@ -158,7 +126,7 @@ def test_a_server_killed_while_weights_are_on_their_way(fleet: Fleet, weights: d
         one.close()
 
 
-def test_a_server_that_hangs_is_given_up(fleet: Fleet, expected: dict[int, list[int]]) -> None:
+def test_a_server_that_hangs_is_given_up(fleet: Writers, expected: dict[int, list[int]]) -> None:
     generator = fleet.generator(0, 1, slots=4, silence=4.0)
     found = []
     try:
@@ -172,7 +140,7 @@ def test_a_server_that_hangs_is_given_up(fleet: Fleet, expected: dict[int, list[
     generator.close()
 
 
-def test_a_stop_request_is_heard_while_nothing_finishes(fleet: Fleet) -> None:
+def test_a_stop_request_is_heard_while_nothing_finishes(fleet: Writers) -> None:
     generator = fleet.generator(0)
     begin = time.monotonic()
     rollouts = generator.generate(requests(24), LONG, lambda: time.monotonic() > begin + 0.2)
@@ -184,13 +152,13 @@ def test_a_stop_request_is_heard_while_nothing_finishes(fleet: Fleet) -> None:
     generator.close()
 
 
-def health(fleet: Fleet, number: int) -> dict[str, int]:
+def health(fleet: Writers, number: int) -> dict[str, int]:
     answer = httpx.get(f"{fleet.url(number)}/health", headers={"authorization": f"Bearer {KEY}"}, timeout=30)
     return dict(answer.json())
 
 
 def test_a_successor_takes_the_servers_and_the_predecessor_is_refused(
-    fleet: Fleet, weights: dict[str, torch.Tensor]
+    fleet: Writers, weights: dict[str, torch.Tensor]
 ) -> None:
     first = fleet.generator(0)
     first.load_weights(iter(weights.items()), version=7)
@@ -206,7 +174,7 @@ def test_a_successor_takes_the_servers_and_the_predecessor_is_refused(
 
 
 def test_weights_that_are_not_what_they_should_be_change_nothing(
-    fleet: Fleet, weights: dict[str, torch.Tensor], expected: dict[int, list[int]], tmp_path: Path
+    fleet: Writers, weights: dict[str, torch.Tensor], expected: dict[int, list[int]], tmp_path: Path
 ) -> None:
     """Each folder is refused before the old weights are touched: the server goes on writing with these."""
     generator = fleet.generator(0)
@@ -237,12 +205,12 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def post(fleet: Fleet, path: str, values: object, key: str = KEY) -> int:
+def post(fleet: Writers, path: str, values: object, key: str = KEY) -> int:
     headers = {"authorization": f"Bearer {key}"}
     return httpx.post(f"{fleet.url(0)}{path}", json=values, headers=headers, timeout=60).status_code
 
 
-def test_only_our_routes_exist_and_all_want_the_key(fleet: Fleet) -> None:
+def test_only_our_routes_exist_and_all_want_the_key(fleet: Writers) -> None:
     assert httpx.get(f"{fleet.url(0)}/health").status_code == 401
     for path in ("/attach", "/generate", "/refit"):
         assert httpx.post(f"{fleet.url(0)}{path}", json={}).status_code == 401
@@ -256,6 +224,7 @@ def test_only_our_routes_exist_and_all_want_the_key(fleet: Fleet) -> None:
         "/v1/completions",
         "/collective_rpc",
         "/sleep",
+        "/score",
         "/metrics",
     ):
         assert post(fleet, path, {}) == 404, path
@@ -263,7 +232,7 @@ def test_only_our_routes_exist_and_all_want_the_key(fleet: Fleet) -> None:
         assert post(fleet, "/generate", values) == 400
 
 
-def test_a_server_of_another_model_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_server_of_another_model_is_refused(fleet: Writers, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, vocab_size=48, head_dim=32)
     servers = Servers([fleet.url(0)], "session of another", fleet.scratch, KEY)
     with pytest.raises(ValueError, match="vocabulary of 40; expected the student's 48"):
@@ -272,8 +241,8 @@ def test_a_server_of_another_model_is_refused(fleet: Fleet, tmp_path: Path) -> N
         VLLMGenerator(replace(servers, key="another"), fleet.model)
 
 
-def test_servers_end_with_the_process_that_started_them(fleet: Fleet) -> None:
+def test_servers_end_with_the_process_that_started_them(fleet: Writers) -> None:
     """Last: it ends them."""
     pids = [fleet.local.process(name).pid for name in ("0", "1")]
-    fleet.local.close()
+    fleet.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -24,8 +24,8 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from nemo_opd.config import Config
-from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.exchange import Message, exchange
+from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups

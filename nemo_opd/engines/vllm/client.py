@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, Generate, Refit
+from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, Form, Refit
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30 * BEAT_SECONDS
@@ -67,18 +67,20 @@ class Client:
             values = response.json()
         except ValueError:
             values = {"error": response.text[:200]}
+        if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise ServerGone(f"{self.url}: {values.get('error')}")
         if response.status_code != httpx.codes.OK:
             raise ServerRefused(self.url, response.status_code, str(values.get("error")))
         return dict(values)
 
-    async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
-        """The stream's lines that are about a response. Leaving early makes the server drop the rest.
+    async def ask(self, message: Form) -> AsyncIterator[dict[str, Any]]:
+        """The stream's lines that are about a request. Leaving early makes the server drop the rest.
 
         Raises ServerGone when the stream breaks off or nothing moves any more, ServerRefused for another answer.
         """
         progress = _Progress(self._stuck_seconds)
         try:
-            async with self._http.stream("POST", "/generate", json=message.to_dict()) as response:
+            async with self._http.stream("POST", message.path, json=message.to_dict()) as response:
                 if response.status_code != httpx.codes.OK:
                     await response.aread()
                     self._answer(response)

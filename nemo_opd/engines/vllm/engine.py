@@ -13,15 +13,20 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
+from vllm.v1.engine import output_processor
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsTensors
 
 from nemo_opd.engines.vllm.sampler import SeededSampler
 from nemo_opd.engines.vllm.settings import WRITER, ServerSettings
+from nemo_opd.engines.vllm.wire import EngineFailed
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +39,8 @@ _IDLE_SECONDS = 0.2
 
 def make_engine(settings: ServerSettings) -> LLMEngine:
     """Loads the model. No code of a model folder is run, and only safetensors are read."""
-    writer = settings.role == WRITER
-    return LLMEngine.from_engine_args(
+    role = _writer_arguments(settings) if settings.role == WRITER else _teacher_arguments(settings)
+    engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=settings.model,
             skip_tokenizer_init=True,
@@ -43,19 +48,47 @@ def make_engine(settings: ServerSettings) -> LLMEngine:
             load_format="safetensors",
             dtype=settings.dtype,
             enforce_eager=not _has_gpu(),
-            max_model_len=settings.max_positions,
             max_num_seqs=settings.max_running,
             tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=settings.memory_share,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logits" if writer else "raw_logprobs",
             max_logprobs=-1,
-            logits_processors=[SeededSampler] if writer else None,
             disable_log_stats=True,
             seed=0,
+            **role,
         )
     )
+    if settings.scored_ids is not None and settings.scored_ids < engine.model_config.get_vocab_size():
+        engine.collective_rpc("keep_ids", args=(settings.scored_ids,))
+    return engine
+
+
+def _writer_arguments(settings: ServerSettings) -> dict[str, Any]:
+    return {
+        "max_model_len": settings.max_positions,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logits",
+        "logits_processors": [SeededSampler],
+    }
+
+
+def _teacher_arguments(settings: ServerSettings) -> dict[str, Any]:
+    output_processor.LogprobsProcessor = _TensorsAsTheyAre
+    return {
+        "max_model_len": -1 if settings.max_positions is None else settings.max_positions,  # -1: what memory holds
+        "max_num_batched_tokens": settings.batch_tokens,
+        "enable_prefix_caching": False,  # vLLM computes every position whose log-probability it reports
+        "logprobs_mode": "raw_logprobs",
+        "hf_overrides": {"head_dtype": "float32"},
+        "worker_extension_cls": "nemo_opd.engines.vllm.student_ids.StudentIds",
+    }
+
+
+class _TensorsAsTheyAre(LogprobsProcessor):
+    """vLLM would make lists of Python's numbers, thirty times as large, of what is going to be tensors again."""
+
+    def _update_prompt_logprobs(self, prompt_logprobs_tensors: LogprobsTensors) -> None:
+        self.prompt_logprobs = prompt_logprobs_tensors
 
 
 def _has_gpu() -> bool:
@@ -80,6 +113,8 @@ class EngineThread:
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self.config = engine.model_config
+        self.takes_ids = bool(engine.vllm_config.use_v2_model_runner)
+        """Does it score ids that are given?"""
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[str, Job] = {}
         self.steps = 0
@@ -127,7 +162,7 @@ class EngineThread:
             log.exception("the engine failed")
             self.failure = error
             for job in self._jobs.values():
-                job.emit(job.id, RuntimeError(f"the engine failed: {error}"))
+                job.emit(job.id, EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
 
     def _turn(self) -> bool:
         """Do what was asked for, then one step; False when the thread shall end."""
@@ -149,10 +184,13 @@ class EngineThread:
         return True
 
     def _add(self, jobs: Sequence[Job]) -> None:
+        known = self.config.get_vocab_size()
         for job in jobs:
             try:
+                if not 0 <= min(job.token_ids, default=0) <= max(job.token_ids, default=0) < known:
+                    raise ValueError(f"token ids: got some beyond the model's {known}")  # vLLM would die of them
                 self._engine.add_request(job.id, {"prompt_token_ids": list(job.token_ids)}, job.params)
-            except ValueError as error:  # vLLM's refusal of this one
+            except (ValueError, VLLMClientError) as error:  # vLLM's refusal of this one
                 job.emit(job.id, error)
             else:
                 self._jobs[job.id] = job

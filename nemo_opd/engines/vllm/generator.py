@@ -6,28 +6,23 @@ it again when another is lost. Weights go through a folder (`nemo_opd.refit.fold
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import queue
 import secrets
 import shutil
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_opd.engines.generation import Finished, check_generate_request, is_over, limit_of, nothing_drawn, rollout_of
 from nemo_opd.engines.protocols import NamedTensor
-from nemo_opd.engines.vllm.client import SILENCE_SECONDS, Client
-from nemo_opd.engines.vllm.pool import Pool
-from nemo_opd.engines.vllm.wire import Attach, BadMessage, Refit, WireRequest, WireSampling, Written
+from nemo_opd.engines.vllm.calls import Calls, Servers
+from nemo_opd.engines.vllm.settings import WRITER
+from nemo_opd.engines.vllm.wire import Attach, BadMessage, Generate, Refit, WireRequest, WireSampling, Written
 from nemo_opd.refit.folder import tensor_shapes, write_folder
 from nemo_opd.refit.manifest import WeightCheck
 from nemo_opd.types import GenerateRequest, Rollout, Sampling, StopRequested
@@ -35,50 +30,7 @@ from nemo_opd.vocab.sampling import check_sampling
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 _TIED = "lm_head.weight"
-_LOOK_SECONDS = 0.1
-"""How often a stop request is looked for while nothing finishes."""
-
-
-class _Loop:
-    """An event loop in a thread, for callers that are not asynchronous themselves."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-clients", daemon=True)
-        self._thread.start()
-
-    def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self.start(work).result()
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-
-
-@dataclass(frozen=True)
-class Servers:
-    """Which servers write, and how they are spoken to."""
-
-    urls: Sequence[str]
-    session: str
-    """Names this attempt of the run; the same in all its processes."""
-    weights_dir: Path
-    """Where sets of weights are written: the servers' own `weights_dir`, as this process sees it."""
-    key: str | None = None
-    slots: int = 64
-    """Requests that one server is given at a time."""
-    stuck_seconds: float = 300.0
-    """A server whose engine makes no step for so long, while it has work, is given up."""
-    load_seconds: float = 600.0
-    """In which a server must have taken a set of weights."""
-    silence_seconds: float = SILENCE_SECONDS
-    """A server that says nothing for so long, not even that it is alive, is given up."""
 
 
 class VLLMGenerator:
@@ -106,8 +58,6 @@ class VLLMGenerator:
 
         Raises: ServerGone or ServerRefused for a server that cannot be had, ValueError for one with another vocabulary.
         """
-        if not servers.urls:
-            raise ValueError("rollout servers: got none; expected at least one address")
         sizes = json.loads((model / "config.json").read_text(encoding="utf-8"))
         self.vocab_size, self._positions = int(sizes["vocab_size"]), int(sizes["max_position_embeddings"])
         self._servers, self._is_first, self._expected = servers, is_first, tensor_shapes(model)
@@ -118,27 +68,23 @@ class VLLMGenerator:
         self.version = -1
         self.refit_bytes, self.refit_seconds = 0, 0.0
         """Of the last set of weights that this process moved."""
-        self._loop: _Loop | None = _Loop()
-        self._pool = self._loop.run(self._connect(Attach(servers.session, reload=read_weights)))
+        self._calls: Calls | None = Calls(servers)
+        if is_first:
+            self._attach(self._calls, Attach(servers.session, reload=read_weights))
 
-    async def _connect(self, attach: Attach) -> Pool:
-        servers = self._servers
-        limits = (servers.stuck_seconds, servers.silence_seconds)
-        pool = Pool([Client(url, servers.key, *limits) for url in servers.urls], servers.slots)
-        if self._is_first:
-            for url, found in zip(servers.urls, await pool.attach(attach, servers.load_seconds), strict=True):
-                self._positions = min(self._positions, found.positions)
-                if found.vocab_size != self.vocab_size:
-                    raise ValueError(
-                        f"rollout server {url}: got a vocabulary of {found.vocab_size}; expected the student's "
-                        f"{self.vocab_size}; start it with the student's folder"
-                    )
-        return pool
+    def _attach(self, calls: Calls, attach: Attach) -> None:
+        for url, found in calls.attach(attach, WRITER).items():
+            self._positions = min(self._positions, found.positions)
+            if found.vocab_size != self.vocab_size:
+                raise ValueError(
+                    f"rollout server {url}: got a vocabulary of {found.vocab_size}; expected the student's "
+                    f"{self.vocab_size}; start it with the student's folder"
+                )
 
     @property
     def resent(self) -> int:
         """Requests that were sent again because their server was lost."""
-        return self._pool.resent
+        return self._open("resent").resent
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
@@ -149,16 +95,16 @@ class VLLMGenerator:
         when the generator is closed or its last set of weights was incomplete. While it runs: ServerGone when no
         server is left, ServerRefused when one will not write, RuntimeError for a request that came to nothing.
         """
-        loop = self._open("generate")
+        calls = self._open("generate")
         if self._refusal:
             raise RuntimeError(f"generator refuses to generate: {self._refusal}; load a complete set of weights first")
         check_sampling(sampling)
         for request in requests:
             check_generate_request(request, sampling, self.vocab_size, self._positions)
-        return self._run(loop, requests, sampling, stop_requested)
+        return self._run(calls, requests, sampling, stop_requested)
 
     def _run(
-        self, loop: _Loop, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
+        self, calls: Calls, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
     ) -> Iterator[Rollout]:
         waiting: list[WireRequest] = []
         for position, request in enumerate(requests):
@@ -168,15 +114,14 @@ class VLLMGenerator:
                 waiting.append(_wire_request(position, request, sampling))
         if not waiting or stop():
             return
-        lines: queue.SimpleQueue[Mapping[str, Any] | Future[None]] = queue.SimpleQueue()
-        writing = WireSampling.of(sampling)
-        work = loop.start(self._pool.write(self._servers.session, writing, self._eos_ids, waiting, lines.put))
-        work.add_done_callback(lines.put)  # comes after the last line, or with what went wrong
-        try:
-            for line in _until_done(lines, stop):
-                yield rollout_of(self._finished(requests, line), self._eos_ids, self._decode)
-        finally:
-            work.cancel()
+        form = Generate(
+            requests=tuple(waiting),
+            session=self._servers.session,
+            sampling=WireSampling.of(sampling),
+            eos_ids=self._eos_ids,
+        )
+        for line in calls.ask(form, stop):
+            yield rollout_of(self._finished(requests, line), self._eos_ids, self._decode)
 
     def _finished(self, requests: Sequence[GenerateRequest], line: Mapping[str, Any]) -> Finished:
         request = requests[line["key"]]
@@ -202,13 +147,13 @@ class VLLMGenerator:
         doubled or of another shape; ServerGone or ServerRefused when no server took them; OSError where the folder
         cannot be written; and whatever `weights` raises.
         """
-        loop = self._open("load_weights")
+        calls = self._open("load_weights")
         if version <= self.version:
             raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
         self._refusal = f"the load of policy version {version} did not complete"
         checked = self._checked(weights)
         if self._is_first:
-            self._move(loop, checked, version)
+            self._move(calls, checked, version)
         else:
             for _ in checked:
                 pass
@@ -224,13 +169,13 @@ class VLLMGenerator:
             yield name, tensor
         check.finish()
 
-    def _move(self, loop: _Loop, weights: Iterable[NamedTensor], version: int) -> None:
+    def _move(self, calls: Calls, weights: Iterable[NamedTensor], version: int) -> None:
         begin, servers = time.monotonic(), self._servers
         folder = servers.weights_dir / f"version-{version}-{secrets.token_hex(4)}"
         try:
             size = write_folder(weights, folder, version)
             message = Refit(servers.session, version, folder.name)
-            loop.run(self._pool.take(message, Attach(servers.session, reload=False), servers.load_seconds))
+            calls.take(message, Attach(servers.session, reload=False))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -242,41 +187,21 @@ class VLLMGenerator:
 
     def close(self) -> None:
         """Let go of the servers. Idempotent."""
-        if self._loop is not None:
-            self._loop.run(self._pool.close())
-            self._loop.close()
-            self._loop = None
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
         if self._end_servers is not None:
             self._end_servers()
 
-    def _open(self, call: str) -> _Loop:
-        if self._loop is None:
+    def _open(self, call: str) -> Calls:
+        if self._calls is None:
             raise RuntimeError(f"generator: got {call} after close; make a new one")
-        return self._loop
+        return self._calls
 
 
 def _wire_request(position: int, request: GenerateRequest, sampling: Sampling) -> WireRequest:
     tokens = limit_of(request, sampling) - len(request.prefix_ids)
     return WireRequest(position, request.prompt.token_ids, request.prefix_ids, request.seed, tokens)
-
-
-def _until_done(
-    lines: queue.SimpleQueue[Mapping[str, Any] | Future[None]], stop: StopRequested
-) -> Iterator[Mapping[str, Any]]:
-    """Lines until the work is done or a stop is requested. Raises what the work raised."""
-    while not stop():
-        try:
-            line = lines.get(timeout=_LOOK_SECONDS)
-        except queue.Empty:
-            continue
-        if isinstance(line, Future):
-            error = line.exception()
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
-            if error is not None:
-                raise error
-            return
-        yield line

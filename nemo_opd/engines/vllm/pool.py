@@ -4,29 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_opd.engines.vllm.client import Client, ServerGone, ServerRefused
-from nemo_opd.engines.vllm.wire import Attach, Attached, Generate, Refit, WireRequest, WireSampling
+from nemo_opd.engines.vllm.client import CONNECT_SECONDS, Client, ServerGone, ServerRefused
+from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit
 
 log = logging.getLogger(__name__)
 
 Tell = Callable[[dict[str, Any]], None]
 """Told of each line about a request, from the event loop's thread."""
 
+SENDINGS = 3
+"""A request that was lost with so many servers is not sent again: it may be what they die of."""
 _REFILL_SHARE = 8
 """A server gets more once 1/8 of its slots is free: each portion is an HTTP request of its own."""
 
 
-class Pool:
-    """Belongs to one event loop. A server that was lost is asked for nothing until `take` finds it alive again."""
+@dataclass(frozen=True)
+class Return:
+    """How lost servers come back: they are attached again, at first after `first` seconds, then after ever twice as
+    many, at most `longest`. Where none is left, `patience` seconds are spent on it."""
 
-    def __init__(self, clients: Sequence[Client], slots: int) -> None:
-        """`slots`: requests that one server is given at a time."""
-        self._clients, self._slots = tuple(clients), slots
-        self._lost: set[Client] = set()
+    attach: Attach
+    first: float = 1.0
+    longest: float = 60.0
+    patience: float = 60.0
+
+
+@dataclass(frozen=True)
+class _Loss:
+    again: float
+    """The loop's time at which it is tried again."""
+    wait: float
+
+
+class Pool:
+    """Belongs to one event loop. A server that was lost is asked for nothing until it is back."""
+
+    def __init__(self, clients: Sequence[Client], slots: int, comeback: Return | None = None) -> None:
+        """
+        Args:
+            slots: requests that one server is given at a time.
+            comeback: of lost servers; None: only `take` brings them back, since they lack the weights.
+        """
+        self._clients, self._slots, self._return = tuple(clients), slots, comeback
+        self._known: dict[Client, Attached] = {}
+        self._lost: dict[Client, _Loss] = {}
+        self._tries: dict[Client, asyncio.Task[None]] = {}
+        """Of lost servers that are being attached again."""
         self.resent = 0
         """Requests that were sent again because their server was lost."""
 
@@ -36,7 +64,9 @@ class Pool:
 
     async def attach(self, message: Attach, seconds: float) -> list[Attached]:
         """All servers. Raises ServerGone, ServerRefused for the first that cannot be had."""
-        return list(await asyncio.gather(*(client.attach(message, seconds) for client in self._clients)))
+        found = await asyncio.gather(*(client.attach(message, seconds) for client in self._clients))
+        self._known = dict(zip(self._clients, found, strict=True))
+        return list(found)
 
     async def take(self, message: Refit, attach: Attach, seconds: float) -> None:
         """Give every server the same weights; those that were lost are attached first. A server that does not take
@@ -56,73 +86,109 @@ class Pool:
         except (ServerGone, ServerRefused) as error:
             if client not in self._lost:
                 log.error("a server is left out: %s", error)
-            self._lost.add(client)
+            self._lose(client)
             return error
         if client in self._lost:
-            self._lost.remove(client)
+            del self._lost[client]
             log.info("%s is back, with policy version %d", client.url, message.version)
         return None
 
-    async def write(
-        self,
-        session: str,
-        sampling: WireSampling,
-        eos_ids: tuple[int, ...],
-        requests: Sequence[WireRequest],
-        tell: Tell,
-    ) -> None:
-        """Every request once, as they finish. Cancelling it makes the servers drop what is not finished.
+    async def ask(self, form: Form, tell: Tell) -> None:
+        """Every request of `form` is answered once, in the order in which they finish. Cancelling it makes the servers
+        drop what is not finished.
 
-        Raises ServerGone when no server is left, ServerRefused when one will not write.
+        Raises ServerGone when no server is left, ServerRefused when one will not do it.
         """
-        waiting = deque(requests)
+        waiting, sendings = deque(form.requests), Counter[int]()
         while waiting:
-            servers = self.alive
-            if not servers:
-                raise ServerGone("no server is left to write")
+            servers = await self._to_ask()
             share = -(-len(waiting) // len(servers))
             first = [[waiting.popleft() for _ in range(min(share, self._slots, len(waiting)))] for _ in servers]
             async with asyncio.TaskGroup() as group:
                 for client, portion in zip(servers, first, strict=True):
-                    hand = _Hand(client, Generate(session, sampling, eos_ids, ()), waiting, tell, self._slots)
-                    group.create_task(self._keep_busy(hand, portion))
+                    hand = _Hand(client, form, waiting, tell, self._slots)
+                    group.create_task(self._keep_busy(hand, portion, sendings))
+
+    async def _to_ask(self) -> list[Client]:
+        """The servers that are alive; lost ones are tried again meanwhile. Raises ServerGone when none comes back."""
+        time = asyncio.get_running_loop().time
+        end = time() + (self._return.patience if self._return else 0.0)
+        while True:
+            if self._return is not None:
+                for client, loss in self._lost.items():
+                    if loss.again <= time() and client not in self._tries:
+                        self._tries[client] = asyncio.create_task(self._try_again(client, self._return.attach))
+            if self.alive:
+                return self.alive
+            if self._return is None or time() >= end:
+                raise ServerGone(f"no server is left of {len(self._clients)}")
+            if self._tries:
+                await asyncio.wait(self._tries.values(), return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(max(0.0, min(end, *(loss.again for loss in self._lost.values())) - time()))
+
+    async def _try_again(self, client: Client, attach: Attach) -> None:
+        try:
+            found = await client.attach(attach, CONNECT_SECONDS)
+        except (ServerGone, ServerRefused):
+            self._lose(client)
+        else:
+            if found == self._known.get(client, found):
+                del self._lost[client]
+                log.info("%s is back", client.url)
+            else:
+                log.error("%s is another server than it was: %s", client.url, found)
+                self._lose(client)
+        finally:
+            del self._tries[client]
+
+    def _lose(self, client: Client) -> None:
+        loss, rule = self._lost.get(client), self._return
+        wait = 0.0 if rule is None else rule.first if loss is None else min(2 * loss.wait, rule.longest)
+        self._lost[client] = _Loss(asyncio.get_running_loop().time() + wait, wait)
 
     async def close(self) -> None:
+        for attempt in self._tries.values():
+            attempt.cancel()
         await asyncio.gather(*(client.close() for client in self._clients))
 
-    async def _keep_busy(self, hand: _Hand, portion: list[WireRequest]) -> None:
+    async def _keep_busy(self, hand: _Hand, portion: list[Any], sendings: Counter[int]) -> None:
         try:
             await hand.work(portion)
         except* ServerGone as errors:
-            self._lost.add(hand.client)
-            self.resent += len(hand.open)
-            hand.waiting.extendleft(reversed(hand.open.values()))
-            log.error("a server is left out, its %d requests go to others: %s", len(hand.open), errors.exceptions[0])
+            self._lose(hand.client)
+            reason = errors.exceptions[0]
+            log.error("a server is left out, its %d requests go to others: %s", len(hand.open), reason)
+            sendings.update(list(hand.open))
+            for request in reversed(hand.open.values()):
+                if sendings[request.key] < SENDINGS:
+                    hand.waiting.appendleft(request)
+                    self.resent += 1
+                else:
+                    hand.tell({"key": request.key, "error": f"{SENDINGS} servers were lost with it: {reason}"})
 
 
 class _Hand:
     """One server's share of a call: its unfinished requests, and how it gets more."""
 
-    def __init__(self, client: Client, form: Generate, waiting: deque[WireRequest], tell: Tell, slots: int) -> None:
-        self.client, self.waiting = client, waiting
-        self.open: dict[int, WireRequest] = {}
-        self._form, self._tell, self._slots = form, tell, slots
+    def __init__(self, client: Client, form: Form, waiting: deque[Any], tell: Tell, slots: int) -> None:
+        self.client, self.waiting, self.tell = client, waiting, tell
+        self.open: dict[int, Any] = {}
+        self._form, self._slots = form, slots
 
-    async def work(self, portion: list[WireRequest]) -> None:
+    async def work(self, portion: list[Any]) -> None:
         async with asyncio.TaskGroup() as group:
             self._send(portion, group)
 
-    def _send(self, portion: list[WireRequest], group: asyncio.TaskGroup) -> None:
+    def _send(self, portion: list[Any], group: asyncio.TaskGroup) -> None:
         if portion:
             self.open.update({request.key: request for request in portion})
             group.create_task(self._read(portion, group))
 
-    async def _read(self, portion: list[WireRequest], group: asyncio.TaskGroup) -> None:
-        form = self._form
-        message = Generate(form.session, form.sampling, form.eos_ids, tuple(portion))
-        async for line in self.client.generate(message):
+    async def _read(self, portion: list[Any], group: asyncio.TaskGroup) -> None:
+        async for line in self.client.ask(replace(self._form, requests=tuple(portion))):
             if self.open.pop(line["key"], None) is not None:
-                self._tell(line)
+                self.tell(line)
             free = self._slots - len(self.open)
             if self.waiting and free >= max(1, self._slots // _REFILL_SHARE):
                 self._send([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))], group)

@@ -1,38 +1,25 @@
-"""What a server knows besides its engine: whose it is, which weights it holds, and whether it may write."""
+"""What every server does, whatever its role: it hands requests to its engine and tells of each as it finishes."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import re
-from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.llm_engine import LLMEngine
 
 from nemo_opd.engines.vllm.engine import EngineThread, Job
-from nemo_opd.engines.vllm.sampler import NOT_FINITE, draw_arguments
+from nemo_opd.engines.vllm.identity import weights_id
 from nemo_opd.engines.vllm.settings import ServerSettings
-from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Generate, Refit, WireRequest, Written
-from nemo_opd.refit.folder import check_folder, tensor_shapes
-from nemo_opd.types import Sampling
+from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, EngineFailed, Message
 
-log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
-
-
-class Refused(Exception):
-    """An answer other than 200: its HTTP status and the reason."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+Line = Mapping[str, Any]
+Asked = tuple[int, Sequence[int], SamplingParams]
+"""Key, token ids, parameters of a request."""
+Answer = Callable[[int, RequestOutput], Message]
+"""Makes a message of a key's output."""
 
 
 class Served:
@@ -40,133 +27,72 @@ class Served:
 
     def __init__(self, settings: ServerSettings, engine: EngineThread) -> None:
         self.settings, self.engine = settings, engine
-        self.session, self.version, self.refusal = "", -1, ""
-        self._expected = tensor_shapes(Path(settings.model))
-        self._own_weights = True
         self._numbers = itertools.count()
-        self._changing = asyncio.Lock()
+        self._weights = weights_id(settings.model)
 
     def health(self) -> dict[str, Any]:
-        status = "failed" if self.engine.failure is not None else "refusing" if self.refusal else "ready"
-        return {"status": status, "version": self.version, "steps": self.engine.steps, "running": self.engine.running}
+        status = "failed" if self.engine.failure is not None else "ready"
+        return {"status": status, "steps": self.engine.steps, "running": self.engine.running}
 
     async def attach(self, message: Attach) -> None:
-        """Give the server to a new session: what the one before asked for is dropped, versions begin again."""
-        async with self._changing:
-            self.session, self.version = message.session, -1
-            await self._between_steps(_drop_all)
-            if self._own_weights:
-                self.refusal = ""
-            elif message.reload:
-                await self._load(Path(self.settings.model), -1)
-                self._own_weights = True
-            else:
-                self.refusal = "it has no weights of this session yet"
+        """A session begins."""
 
-    def check_session(self, session: str) -> None:
-        if session != self.session:
-            raise Refused(409, "another session has this server; attach first")
+    def description(self, vllm: str) -> Attached:
+        """What clients are told when they attach."""
+        config = self.engine.config
+        return Attached(
+            role=self.settings.role,
+            weights=self._weights,
+            vocab_size=config.get_vocab_size(),
+            scored_ids=self.settings.scored_ids or config.get_vocab_size(),
+            at_ids=False,
+            positions=config.max_model_len,
+            max_running=self.settings.max_running,
+            vllm=vllm,
+        )
 
-    async def refit(self, message: Refit) -> None:
-        """Take a set of weights. It is checked before the old one is touched: a folder that is refused changes nothing.
+    async def _stream(
+        self,
+        asked: Sequence[tuple[int, Sequence[int], SamplingParams]],
+        answer: Callable[[int, RequestOutput], Message],
+    ) -> AsyncGenerator[Line, None]:
+        """A line for each of `asked` as it finishes; leaving early drops the rest.
 
-        Raises Refused: 409 for a version that does not grow, 400 for a folder that is not what it should be. When the
-        engine fails half-way the server refuses to write until a complete refit.
+        `answer` is called in the engine's thread; what it raises is that key's failure.
+        Raises EngineFailed: whoever asked is better off with another server.
         """
-        async with self._changing:
-            self.check_session(message.session)
-            if message.version <= self.version:
-                raise Refused(409, f"policy version: got {message.version} after {self.version}; expected a larger one")
-            if not _NAME.fullmatch(message.name):
-                raise Refused(400, f"name: got {message.name[:100]!r}; expected the name of a folder")
-            folder = Path(self.settings.weights_dir) / message.name
-            if folder.is_symlink():
-                raise Refused(400, f"{message.name}: got a link; expected a folder")
-            try:
-                manifest = await asyncio.to_thread(check_folder, folder, self._expected)
-            except (ValueError, OSError) as error:
-                raise Refused(400, str(error)) from error
-            if manifest.version != message.version:
-                raise Refused(400, f"{message.name}: got version {manifest.version}; expected {message.version}")
-            await self._load(folder, message.version)
-            self._own_weights = False
-
-    async def _load(self, folder: Path, version: int) -> None:
-        """Replace the weights between two steps. Requests that are being written are computed again with the new ones
-        (their tokens stay), so that no key or value of the old weights is used for a token of the new."""
-        self.refusal = f"the load of policy version {version} did not complete"
-
-        def load(engine: LLMEngine) -> None:
-            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            if not engine.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError("keys and values of the old weights could not be dropped")
-            engine.set_weight_version(str(version))
-
-        await self._between_steps(load)
-        self.version, self.refusal = version, ""
-
-    async def _between_steps(self, function: Callable[[LLMEngine], None]) -> None:
-        await asyncio.wrap_future(self.engine.between_steps(function))
-
-    async def generate(self, message: Generate) -> AsyncGenerator[Mapping[str, Any], None]:
-        """A line for each response as it finishes; leaving early drops what is not finished."""
-        self.check_session(message.session)
-        if self.refusal:
-            raise Refused(503, f"refuses to write: {self.refusal}")
-        loop, lines = asyncio.get_running_loop(), asyncio.Queue[tuple[int, RequestOutput | Exception]]()
+        loop, lines = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Line | EngineFailed]]()
         keys: dict[str, int] = {}
 
-        def emit(job: str, answer: RequestOutput | Exception) -> None:
-            loop.call_soon_threadsafe(lines.put_nowait, (keys[job], answer))
+        def emit(job: str, output: RequestOutput | Exception) -> None:
+            loop.call_soon_threadsafe(lines.put_nowait, (keys[job], _line(keys[job], output, answer)))
 
-        jobs = [self._job(request, message, emit) for request in message.requests]
-        keys.update({job.id: request.key for job, request in zip(jobs, message.requests, strict=True)})
+        jobs = [Job(str(next(self._numbers)), ids, params, emit) for _, ids, params in asked]
+        keys.update({job.id: key for job, (key, _, _) in zip(jobs, asked, strict=True)})
         self.engine.add(jobs)
-        open_jobs = set(keys.values())
+        open_keys = set(keys.values())
         try:
-            while open_jobs:
+            while open_keys:
                 try:
-                    key, answer = await asyncio.wait_for(lines.get(), BEAT_SECONDS)
+                    key, line = await asyncio.wait_for(lines.get(), BEAT_SECONDS)
                 except TimeoutError:
                     yield {"steps": self.engine.steps}
                     continue
-                open_jobs.discard(key)
-                yield _line(key, answer)
+                if isinstance(line, EngineFailed):
+                    raise line
+                open_keys.discard(key)
+                yield line
             yield {"end": len(keys)}
         finally:
             self.engine.cancel(list(keys))
 
-    def _job(self, request: WireRequest, message: Generate, emit: Any) -> Job:
-        drawn = message.sampling
-        sampling = Sampling(1, drawn.temperature, drawn.top_p, drawn.top_k, drawn.greedy)
-        params = SamplingParams(
-            temperature=0.0,  # the logits processor draws
-            max_tokens=request.tokens,
-            stop_token_ids=list(message.eos_ids),
-            ignore_eos=True,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=draw_arguments(sampling, request.seed, len(request.prefix)),
-        )
-        return Job(str(next(self._numbers)), [*request.prompt, *request.prefix], params, emit)
 
-
-def _drop_all(engine: LLMEngine) -> None:
-    engine.abort_request(list(engine.output_processor.external_req_ids))
-
-
-def _line(key: int, answer: RequestOutput | Exception) -> Mapping[str, Any]:
-    if isinstance(answer, Exception):
-        return {"key": key, "error": f"{type(answer).__name__}: {answer}"}
-    output = answer.outputs[0]
-    assert output.logprobs is not None
-    logprobs = [position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)]
-    if any(logprob >= NOT_FINITE for logprob in logprobs):
-        return {"key": key, "error": "the logits are not finite; the policy diverged"}
-    spans = [[_number(span.version), span.start] for span in output.weight_versions or ()]
-    return Written(key, tuple(output.token_ids), logprobs, spans).to_dict()
-
-
-def _number(version: str) -> int:
-    return -1 if version == "default" else int(version)
+def _line(key: int, output: RequestOutput | Exception, answer: Answer) -> Line | EngineFailed:
+    if isinstance(output, EngineFailed):
+        return output
+    try:
+        if isinstance(output, Exception):
+            raise output
+        return answer(key, output).to_dict()
+    except Exception as error:  # noqa: BLE001 - belongs to whoever asked
+        return {"key": key, "error": f"{type(error).__name__}: {error}"}

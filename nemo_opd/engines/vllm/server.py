@@ -1,7 +1,8 @@
 """A server: python -m nemo_opd.engines.vllm.server SETTINGS.json
 
-Our own small application around vLLM's engine. It has the routes of `wire` and no others; without a key it listens on
-the loopback address alone. It ends with SIGTERM, with the process that started it, or when the engine fails.
+Our own small application around vLLM's engine. It has the routes of `wire` that its role needs and no others; without a
+key it listens on the loopback address alone. It ends with SIGTERM, with the process that started it, or when the engine
+fails.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nemo_opd.engines.vllm.settings import ServerSettings, read_key
-from nemo_opd.engines.vllm.wire import Attach, Attached, BadMessage, Generate, Refit
+from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
+from nemo_opd.engines.vllm.wire import Attach, BadMessage, EngineFailed, Form, Generate, Refit, Refused, Score
 from nemo_opd.reliability.child import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -40,19 +41,26 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process; see `engine`
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # see `sampler`
     "VLLM_PLUGINS": "",  # what other packages would like to be run in here
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
 }
-"""Set before vLLM is imported, unless the caller has set them."""
+
+
+def environment(settings: ServerSettings, gpu: bool) -> dict[str, str]:
+    """What is set before vLLM is imported, unless the caller has set it."""
+    chosen = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gib)}
+    # A writer draws in a logits processor, which is V1's; a teacher scores ids that are given, which is V2's, on GPUs.
+    chosen["VLLM_USE_V2_MODEL_RUNNER"] = "1" if gpu and settings.role == TEACHER else "0"
+    if not gpu:
+        chosen["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than it wins
+    return chosen
 
 
 def application(served: Any, key: str | None) -> Starlette:
     """The routes, behind the key where there is one."""
-    from nemo_opd.engines.vllm.served import Refused
 
     def route(path: str, method: str, handler: Handler) -> Route:
         async def guarded(request: Request) -> Response:
@@ -62,6 +70,8 @@ def application(served: Any, key: str | None) -> Starlette:
                 return await handler(request)
             except Refused as error:
                 return JSONResponse({"error": str(error)}, error.status)
+            except EngineFailed as error:
+                return JSONResponse({"error": str(error)}, 500)
             except (BadMessage, json.JSONDecodeError, RecursionError) as error:
                 return JSONResponse({"error": str(error)}, 400)
 
@@ -72,21 +82,28 @@ def application(served: Any, key: str | None) -> Starlette:
 
     async def attach(request: Request) -> Response:
         await served.attach(Attach.read(await _body(request)))
-        return JSONResponse(_description(served).to_dict())
-
-    async def generate(request: Request) -> Response:
-        message = Generate.read(await _body(request))
-        lines = served.generate(message)
-        first = await anext(lines)  # what is refused is refused before the stream begins
-        return StreamingResponse(_encoded(first, lines), media_type="application/x-ndjson")
+        return JSONResponse(served.description(_vllm_version()).to_dict())
 
     async def refit(request: Request) -> Response:
         message = Refit.read(await _body(request))
         await served.refit(message)
         return JSONResponse({"version": message.version})
 
-    handlers = (("/attach", attach), ("/generate", generate), ("/refit", refit))
-    return Starlette(routes=[route("/health", "GET", health), *(route(path, "POST", h) for path, h in handlers)])
+    def streaming(form: type[Form], call: Callable[[Any], AsyncGenerator[Mapping[str, Any], None]]) -> Handler:
+        async def handle(request: Request) -> Response:
+            lines = call(form.read(await _body(request)))
+            first = await anext(lines)  # what fails at once is refused before the stream begins
+            return StreamingResponse(_encoded(first, lines), media_type="application/x-ndjson")
+
+        return handle
+
+    handlers: dict[str, Handler] = {"/attach": attach}
+    if served.settings.role == WRITER:
+        handlers |= {Generate.path: streaming(Generate, served.generate), "/refit": refit}
+    else:
+        handlers |= {Score.path: streaming(Score, served.score)}
+    posts = [route(path, "POST", handler) for path, handler in handlers.items()]
+    return Starlette(routes=[route("/health", "GET", health), *posts])
 
 
 def _has_key(request: Request, key: str) -> bool:
@@ -117,16 +134,6 @@ async def _encoded(
         await lines.aclose()  # at once, so that the engine drops what nobody waits for
 
 
-def _description(served: Any) -> Attached:
-    config = served.engine.config
-    return Attached(
-        vocab_size=config.get_vocab_size(),
-        positions=config.max_model_len,
-        max_running=served.settings.max_running,
-        vllm=_vllm_version(),
-    )
-
-
 def _vllm_version() -> str:
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
@@ -138,18 +145,18 @@ def main() -> int:
     settings = ServerSettings.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     end_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gib)}.items():
+    for name, value in environment(settings, torch.cuda.is_available()).items():
         os.environ.setdefault(name, value)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than it wins
     key = read_key(settings.key_file)
     from nemo_opd.engines.vllm.engine import EngineThread, make_engine  # late: vLLM reads the environment at import
-    from nemo_opd.engines.vllm.served import Served
+    from nemo_opd.engines.vllm.teacher import Teacher
+    from nemo_opd.engines.vllm.writer import Writer
 
     listener = socket.create_server((settings.host, settings.port))
     engine = EngineThread(make_engine(settings))
     engine.start()
-    asyncio.run(_serve(settings, engine, application(Served(settings, engine), key), listener))
+    served = Writer(settings, engine) if settings.role == WRITER else Teacher(settings, engine)
+    asyncio.run(_serve(settings, engine, application(served, key), listener))
     engine.stop()
     return 1 if engine.failure is not None else 0
 

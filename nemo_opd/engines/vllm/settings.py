@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,7 +35,11 @@ class ServerSettings:
     max_running: int = 64
     """Sequences that are written at the same time."""
     max_positions: int | None = None
-    """Longest sequence; None: the model's."""
+    """Longest sequence; None: the model's, of a teacher as much of it as memory holds."""
+    batch_tokens: int | None = None
+    """Positions that a teacher computes at a time; None: vLLM's choice."""
+    scored_ids: int | None = None
+    """A teacher's probabilities are about the ids below this, the student's; None: all that the model knows."""
     tensor_parallel_size: int = 1
     memory_share: float = 0.9
     """Of a GPU's memory."""
@@ -47,12 +51,13 @@ class ServerSettings:
 
     @classmethod
     def from_json(cls, text: str) -> ServerSettings:
-        """Raises ValueError for anything but what `to_json` wrote, a role that does not exist, or a host that others
-        can reach without a key."""
+        """Fields with a default may be left out. Raises ValueError for unknown ones, for values of other types, for a
+        role that does not exist, and for a host that others can reach without a key."""
         values: Any = json.loads(text)
         hints = get_type_hints(cls)
         known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not isinstance(values, dict) or not needed <= set(values) <= known:
             raise ValueError(f"server settings: got {sorted(values)}; expected {sorted(known)}")
         for name, value in values.items():
             if not isinstance(value, hints[name]):

@@ -1,30 +1,54 @@
 """What clients and servers say to each other: JSON objects, one a line where an answer is a stream.
 
     POST /attach    {session, reload}                                   -> what the server is
+    GET  /health                                                        -> {status, steps, running, ...}
     POST /generate  {session, sampling, eos_ids, requests: [...]}       -> a line for each response, as it finishes
-    POST /refit     {session, version, name}                            -> {version, seconds}
-    GET  /health                                                        -> {status, version, steps, running}
+    POST /refit     {session, version, name}                            -> {version}
+    POST /score     {need, k, requests: [...]}                          -> a line for each response, as it finishes
 
-A *session* is one attempt of one run. Who attaches last has the server: requests of an earlier session are refused
-(409), so that a trainer which was given up for dead cannot change the weights under its successor.
+The last is of teachers alone, the two before it are of writers alone.
+
+A *session* is one attempt of one run. Who attaches last has the writer: requests of an earlier session are refused
+(409), so that a trainer which was given up for dead cannot change the weights under its successor. A teacher has
+nothing that could change; several runs may ask the same one.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from nemo_opd.types import Sampling
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from nemo_opd.types import Need, Sampling
 
 BEAT_SECONDS = 1.0
 """A stream carries at least one line in this time: ``{"steps": n}`` where nothing finished."""
 
 Message = TypeVar("Message", bound="_Message")
+AForm = TypeVar("AForm", bound="Form")
 
 
 class BadMessage(ValueError):
     """Something that the other side should not have said."""
+
+
+class Refused(Exception):
+    """An answer other than 200: its HTTP status and the reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class EngineFailed(RuntimeError):
+    """A server's engine is no more: what was asked of it can be asked of another server."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +64,14 @@ class _Message:
         return cls(**{name: _checked(cls, name, hints[name], values[name]) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Message):
+        return value.to_dict()
+    nested = isinstance(value, tuple) and bool(value) and isinstance(value[0], _Message)
+    return [item.to_dict() for item in value] if nested else value
 
 
 def _checked(cls: type, name: str, hint: object, value: object) -> Any:
@@ -68,7 +99,15 @@ class Attach(_Message):
 class Attached(_Message):
     """What the server is."""
 
+    role: str
+    weights: str
+    """`weights_id` of the server's own folder."""
     vocab_size: int
+    """Ids that the model knows."""
+    scored_ids: int
+    """A teacher's probabilities are about the ids below this."""
+    at_ids: bool
+    """Can it score ids that are given?"""
     positions: int
     """Longest sequence, prompt included."""
     max_running: int
@@ -104,23 +143,37 @@ class WireRequest(_Message):
 
 
 @dataclass(frozen=True)
-class Generate(_Message):
+class Form(_Message):
+    """A call with many requests that is answered by a stream of lines, one for each request."""
+
+    path: ClassVar[str]
+    item: ClassVar[type[_Message]]
+    """Of a request; each has a `key`, which names it in the answer."""
+
+    requests: tuple[Any, ...]
+
+    @classmethod
+    def read(cls: type[AForm], values: object) -> AForm:
+        if not isinstance(values, dict) or not isinstance(values.get("requests"), list):
+            raise BadMessage(f"{cls.__name__}: expected an object with a list of requests")
+        return super().read({**values, "requests": tuple(map(cls.item.read, values["requests"]))})
+
+
+@dataclass(frozen=True)
+class Generate(Form):
     """Responses to write, all with the same sampling; they start together."""
+
+    path = "/generate"
+    item = WireRequest
 
     session: str
     sampling: WireSampling
     eos_ids: tuple[int, ...]
-    requests: tuple[WireRequest, ...]
 
     @classmethod
     def read(cls, values: object) -> Generate:
-        if not isinstance(values, dict) or not isinstance(values.get("requests"), list):
-            raise BadMessage("Generate: expected an object with a list of requests")
-        nested = {
-            "sampling": WireSampling.read(values.get("sampling")),
-            "requests": tuple(map(WireRequest.read, values["requests"])),
-        }
-        return super().read({**values, **nested})
+        sampling = WireSampling.read(values.get("sampling") if isinstance(values, dict) else None)
+        return super().read({**values, "sampling": sampling} if isinstance(values, dict) else values)
 
 
 @dataclass(frozen=True)
@@ -146,8 +199,54 @@ class Refit(_Message):
     """Of the folder below the server's weights_dir."""
 
 
-def kind_of(line: Mapping[str, Any]) -> str:
-    """``written``, ``failed`` (key, error), ``beat`` (steps) or ``end`` of a stream's line."""
-    if "ids" in line:
-        return "written"
-    return "failed" if "error" in line else "end" if "end" in line else "beat"
+NEEDS = {"sampled": Need.SAMPLED, "at_ids": Need.AT_IDS, "top_k": Need.TOP_K}
+"""What a teacher on a server can be asked for."""
+
+
+@dataclass(frozen=True)
+class WireScore(_Message):
+    """One response to score."""
+
+    key: int
+    context: tuple[int, ...]
+    response: tuple[int, ...]
+    at_ids: str
+    """`packed`: ids int64 [response, k]; empty unless they are what is asked for"""
+
+
+@dataclass(frozen=True)
+class Score(Form):
+    """Responses to score, all for the same need."""
+
+    path = "/score"
+    item = WireScore
+
+    need: str
+    """One of `NEEDS`."""
+    k: int
+
+
+@dataclass(frozen=True)
+class Scored(_Message):
+    """The scores of a response, a line of the stream."""
+
+    key: int
+    numbers: str
+    """`packed`: logprobs float32 [response, k], nats, k = 1 for sampled; with top_k ids int64 [response, k] besides"""
+
+
+def packed(tensors: Mapping[str, Tensor]) -> str:
+    """Tensors as text: base64 of safetensors."""
+    return base64.b64encode(save({name: tensor.contiguous() for name, tensor in tensors.items()})).decode()
+
+
+def unpacked(text: str, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """What was `packed`. Raises BadMessage for other names, dtypes or shapes than expected."""
+    try:
+        tensors = load(base64.b64decode(text, validate=True))
+    except (binascii.Error, SafetensorError) as error:
+        raise BadMessage(f"packed tensors: {error}") from error
+    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if got != dict(expected):
+        raise BadMessage(f"packed tensors: got {got}; expected {dict(expected)}")
+    return tensors

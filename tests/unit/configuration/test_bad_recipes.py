@@ -27,6 +27,7 @@ class Bad:
     prepare: Callable[[Path], object] = field(default=lambda folder: None)
 
 
+SERVED = ("teacher.engine=vllm", "teacher.servers.urls=http://node1:8000")
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
 CASES = [
@@ -168,6 +169,43 @@ CASES = [
     Bad("hf_teacher_split", "teacher.pipeline_model_parallel_size: got 2; expected 1, as the hf engine does not split; "
         "set both sizes to 1, or teacher.engine=megatron",
         ("teacher.engine=hf", "teacher.pipeline_model_parallel_size=2")),
+    # a teacher on servers
+    Bad("whole_distribution_of_a_served_teacher", "loss.name (algorithm opd): got reverse_kl; expected a loss that a "
+        "served teacher can serve, which reports a few log-probabilities per token; choose one of policy_gradient, k2, "
+        "trust_region with loss.outlier=mask or clip, and stop_gradient, tail or renormalised with loss.teacher=scores "
+        "and loss.support=teacher or intersection, or set teacher.engine=megatron", SERVED),
+    Bad("top_k_of_a_served_teachers_logits", "loss.name: got tail; expected a loss that a served teacher can serve",
+        (*SERVED, "loss=tail")),
+    Bad("outliers_of_a_served_teacher", "loss.name: got trust_region; expected a loss that a served teacher can serve",
+        (*SERVED, "loss=trust_region")),
+    Bad("one_of_several_served", "loss.name (algorithm opd): got reverse_kl; expected a loss that a served ",
+        (*SEVERAL, "teachers.code.engine=vllm", "data.teacher_key=task")),
+    Bad("served_self", "teacher.engine: got vllm; expected megatron, where the student's weights are",
+        (*SERVED, "teacher.source=ema", "teacher.model=null")),
+    Bad("served_base", "teacher.base_model: got student; expected nothing with teacher.engine=vllm, whose servers hold "
+        "one model; set teacher.engine=megatron, or choose another loss",
+        (*SERVED, "loss=extrapolated", "teacher.base_model=student")),
+    Bad("served_teacher_split", "teacher.tensor_model_parallel_size: got 2; expected 1, as it is on servers of its "
+        "own; set both sizes to 1; teacher.servers.tensor_parallel_size splits a server's model",
+        (*SERVED, "loss=k2", "teacher.tensor_model_parallel_size=2")),
+    Bad("served_float64", "teacher.dtype: got float64; expected bfloat16 or float32 with engine vllm; choose one of "
+        "these", (*SERVED, "loss=k2", "teacher.dtype=float64")),
+    Bad("whole_divergence_from_a_served_teacher", "stop.divergence: got full; expected tail with teacher.engine=vllm, "
+        "which reports a few log-probabilities per token; set stop.divergence=tail",
+        (*SERVED, "loss=k2", "stop=kat", "stop.divergence=full", "stop.window=8", "stop.stride=8")),
+    Bad("servers_of_no_teacher", "teacher.servers: got settings; expected none with engine megatron; set "
+        "teacher.engine=vllm, or leave teacher.servers out", ("teacher.servers.count=2",)),
+    Bad("weights_for_a_teacher", "teacher.servers.weights_dir: got weights; expected nothing, as a teacher takes no "
+        "weights from the run; leave it out", (*SERVED, "loss=k2", "teacher.servers.weights_dir=weights")),
+    Bad("address_that_is_none", "teacher.servers.urls: got node1:8000; expected addresses as in http://node1:8000,",
+        (*SERVED[:1], "loss=k2", "teacher.servers.urls=node1:8000")),
+    Bad("no_key_file", "teacher.servers.key_file: got no file secret; expected a file with the key; check the path",
+        (*SERVED, "loss=k2", "teacher.servers.key_file=secret")),
+    Bad("no_server", "teacher.servers.count: got 0; expected a value from 1 to 4096; change the value",
+        (*SERVED, "loss=k2", "teacher.servers.count=0")),
+    Bad("longer_than_a_server_reads", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 192; "
+        "expected together at most the 255 positions of the teacher; lower it or data.max_prompt_tokens",
+        (*SERVED, "loss=k2", "data.max_prompt_tokens=192")),
     Bad("samples_of_a_data_set", "rollout.samples_per_prompt: got 4; expected 1, as the data set has one response per "
         "prompt; set rollout.samples_per_prompt=1, or prefix=student to let the student write",
         ("algorithm=sft", "rollout.samples_per_prompt=4")),

@@ -41,11 +41,30 @@ def test_smallest_number_of_processes_that_fits_both(
     assert world_size(config, {}) == 2 * expected
 
 
-@pytest.mark.parametrize("engine", ["none", "hf"])
+@pytest.mark.parametrize("engine", ["none", "hf", "vllm"])
 def test_only_a_megatron_teacher_asks_for_processes(engine: str) -> None:
     config = Config()
     config.teacher.engine, config.teacher.pipeline_model_parallel_size = engine, 3
     assert world_size(config, {}) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("loss=policy_gradient",),
+        ("loss=k2", "stop=kat", "stop.window=8", "stop.stride=8"),
+        ("loss=trust_region", "loss.outlier=mask"),
+        ("loss=tail", "loss.teacher=scores", "loss.support=teacher"),
+        ("loss=k2", "student.tensor_model_parallel_size=2"),
+    ],
+    ids=" ".join,
+)
+def test_a_served_teacher_serves_losses_of_few_numbers(recipe: Path, words: tuple[str, ...]) -> None:
+    served = ("teacher.engine=vllm", "teacher.servers.urls=http://node1:8000, http://node2:8000")
+    assert load(recipe, [*served, *words]).teacher.servers.urls is not None
+    several = ("teacher.model=null", "teachers.a.model=teacher", "teachers.b.model=teacher", "teachers.b.engine=vllm")
+    if "stop=kat" not in words:
+        load(recipe, [*several, "teachers.b.servers.urls=http://node1:8000", "data.teacher_key=task", *words])
 
 
 def test_a_launcher_decides_how_many_processes_there_are() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nemo_opd.engines.vllm.client import ServerGone, ServerRefused
-from nemo_opd.engines.vllm.pool import Pool
-from nemo_opd.engines.vllm.wire import Attach, Generate, Refit, WireRequest, WireSampling
+from nemo_opd.engines.vllm.pool import Pool, Return
+from nemo_opd.engines.vllm.wire import Attach, Attached, Generate, Refit, WireRequest, WireSampling
 
 SAMPLING = WireSampling(1.0, 1.0, 0, False)
 
@@ -24,7 +24,7 @@ class Server:
         self.attached = self.version = -1
         self.running = self.most = 0
 
-    async def attach(self, message: Attach, seconds: float) -> None:
+    async def attach(self, message: Attach, seconds: float) -> Any:
         self._alive()
         self.attached = int(message.session)
 
@@ -32,7 +32,7 @@ class Server:
         self._alive()
         self.version = message.version
 
-    async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
+    async def ask(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
         self.portions.append([request.key for request in message.requests])
         self.running += len(message.requests)
         self.most = max(self.most, self.running)
@@ -55,7 +55,7 @@ def requests(count: int) -> list[WireRequest]:
 
 def write(pool: Pool, count: int) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
-    asyncio.run(pool.write("0", SAMPLING, (), requests(count), lines.append))
+    asyncio.run(pool.ask(Generate(tuple(requests(count)), "0", SAMPLING, ()), lines.append))
     return lines
 
 
@@ -115,10 +115,69 @@ def test_a_lost_server_returns_with_the_next_weights() -> None:
 
 def test_a_refusal_is_not_a_loss() -> None:
     class Refusing(Server):
-        async def generate(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
+        async def ask(self, message: Generate) -> AsyncIterator[dict[str, Any]]:
             raise ServerRefused(self.url, 409, "another session")
             yield {}
 
     with pytest.raises(BaseExceptionGroup) as caught:
         write(pool_of(Refusing("a")), 4)
     assert caught.group_contains(ServerRefused)
+
+
+class Returning(Server):
+    """Lives again once it was asked `deaf` times whether it does."""
+
+    def __init__(self, url: str, lives: float, deaf: int, then: str = "as it was") -> None:
+        super().__init__(url, lives=lives)
+        self.deaf, self.tries, self.then = deaf, 0, then
+
+    async def attach(self, message: Attach, seconds: float) -> Attached:
+        self.tries += self.lives <= 0
+        if self.tries > self.deaf:
+            self.lives = float("inf")
+        self._alive()
+        return Attached("teacher", self.then if self.tries else "as it was", 9, 9, True, 99, 8, "")
+
+
+ATTACH = Attach("0", False)
+
+
+def answered_after(*servers: Server, patience: float, longest: float = 0.04) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+
+    async def call() -> None:
+        pool = Pool(servers, 8, Return(ATTACH, first=0.01, longest=longest, patience=patience))  # type: ignore[arg-type]
+        await pool.attach(ATTACH, 1.0)
+        try:
+            await pool.ask(Generate(tuple(requests(20)), "0", SAMPLING, ()), lines.append)
+        finally:
+            await pool.close()
+
+    asyncio.run(call())
+    return lines
+
+
+def test_the_last_server_is_waited_for() -> None:
+    returning = Returning("a", lives=3, deaf=4)
+    assert sorted(line["key"] for line in answered_after(returning, patience=10.0)) == list(range(20))
+    assert returning.tries == 5
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(ServerGone, match="no server is left of 1"):
+        lines = answered_after(Returning("a", lives=3, deaf=10**6), patience=0.2)
+    assert lines == []
+
+
+def test_a_server_that_returns_as_another_is_not_asked() -> None:
+    with pytest.raises(ServerGone, match="no server is left of 1"):
+        answered_after(Returning("a", lives=3, deaf=1, then="another"), patience=0.2)
+
+
+def test_nobody_waits_for_a_lost_server_while_others_live() -> None:
+    class Hanging(Returning):
+        async def attach(self, message: Attach, seconds: float) -> Attached:
+            if self.lives <= 0:
+                await asyncio.sleep(60)
+            return await super().attach(message, seconds)
+
+    lines = answered_after(Hanging("hanging", lives=3, deaf=0), Server("other"), patience=60.0)
+    assert [line["by"] for line in lines].count("other") == 17

@@ -1,0 +1,115 @@
+"""Servers for callers that are not asynchronous themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_opd.engines.vllm.client import SILENCE_SECONDS, Client
+from nemo_opd.engines.vllm.pool import Pool, Return
+from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit
+from nemo_opd.types import StopRequested
+
+Result = TypeVar("Result")
+Line = Mapping[str, Any]
+
+_LOOK_SECONDS = 0.1
+"""How often a stop request is looked for while nothing finishes."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Which servers are asked, and how they are spoken to."""
+
+    urls: Sequence[str]
+    session: str
+    """Names this attempt of the run; the same in all its processes."""
+    weights_dir: Path
+    """Where sets of weights are written: the writers' own `weights_dir`, as this process sees it."""
+    key: str | None = None
+    slots: int = 64
+    """Requests that one server is given at a time."""
+    stuck_seconds: float = 300.0
+    """A server whose engine makes no step for so long, while it has work, is given up."""
+    load_seconds: float = 600.0
+    """In which a server must have taken a set of weights."""
+    silence_seconds: float = SILENCE_SECONDS
+    """A server that says nothing for so long, not even that it is alive, is given up."""
+
+
+class Calls:
+    """A pool of servers in an event loop of its own, in a thread of its own."""
+
+    def __init__(self, servers: Servers, comeback: Return | None = None) -> None:
+        """Raises ValueError where there is no server. `comeback`: see `Pool`."""
+        if not servers.urls:
+            raise ValueError("servers: got none; expected at least one address")
+        self._servers, self._comeback = servers, comeback
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-clients", daemon=True)
+        self._thread.start()
+        self._pool = self._run(self._make_pool())
+
+    async def _make_pool(self) -> Pool:
+        servers = self._servers
+        limits = (servers.stuck_seconds, servers.silence_seconds)
+        return Pool([Client(url, servers.key, *limits) for url in servers.urls], servers.slots, self._comeback)
+
+    @property
+    def resent(self) -> int:
+        """Requests that were sent again because their server was lost."""
+        return self._pool.resent
+
+    def attach(self, message: Attach, role: str) -> dict[str, Attached]:
+        """What each server says of itself. Raises ServerGone, ServerRefused, and ValueError for one of another role."""
+        found = self._run(self._pool.attach(message, self._servers.load_seconds))
+        for url, server in zip(self._servers.urls, found, strict=True):
+            if server.role != role:
+                raise ValueError(f"server {url}: got a {server.role}; expected a {role}; name another, or start one")
+        return dict(zip(self._servers.urls, found, strict=True))
+
+    def take(self, message: Refit, attach: Attach) -> None:
+        """See `Pool.take`."""
+        self._run(self._pool.take(message, attach, self._servers.load_seconds))
+
+    def ask(self, form: Form, stop: StopRequested = lambda: False) -> Iterator[Line]:
+        """See `Pool.ask`: the lines until all is answered or a stop is requested; leaving early drops the rest."""
+        lines: queue.SimpleQueue[Line | Future[None]] = queue.SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(self._pool.ask(form, lines.put), self._loop)
+        work.add_done_callback(lines.put)  # comes after the last line, or with what went wrong
+        try:
+            yield from _until_done(lines, stop)
+        finally:
+            work.cancel()
+
+    def close(self) -> None:
+        """Let go of the servers. Not to be called twice."""
+        self._run(self._pool.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _until_done(lines: queue.SimpleQueue[Line | Future[None]], stop: StopRequested) -> Iterator[Line]:
+    """Lines until the work is done or a stop is requested. Raises what the work raised."""
+    while not stop():
+        try:
+            line = lines.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            continue
+        if isinstance(line, Future):
+            error = line.exception()
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            if error is not None:
+                raise error
+            return
+        yield line

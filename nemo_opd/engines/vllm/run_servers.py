@@ -1,0 +1,157 @@
+"""The servers of a run, which write its rollouts or score them: started by its first process, or standing already."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_opd.config import Config, ServersConfig
+from nemo_opd.engines.vllm.calls import Servers
+from nemo_opd.engines.vllm.local import LocalServers, devices_of
+from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
+from nemo_opd.processes import Processes
+
+log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+SCORED_AT_A_TIME = 64
+"""Responses that a teacher's server is given at a time."""
+
+
+class RunServers:
+    """Servers of our own load while the run builds its models: make this first, ask for `servers` last."""
+
+    def __init__(
+        self, name: str, settings: ServersConfig, server: ServerSettings, run_dir: Path, processes: Processes
+    ) -> None:
+        """
+        Args:
+            name: of a server; its log is ``logs/vllm-NAME-0.txt``.
+            server: what each of our own is started with, but for what `settings` says.
+        """
+        self._name, self._settings, self._processes = name, settings, processes
+        self._slots, self._weights_dir = server.max_running, server.weights_dir
+        self._scratch: Path | None = None
+        self._local: LocalServers | None = None
+        if settings.urls is None and processes.is_first:
+            self._start(server, run_dir)
+
+    def _start(self, server: ServerSettings, run_dir: Path) -> None:
+        settings = self._settings
+        self._scratch = private_folder(run_dir, self._name)
+        self._weights_dir = server.weights_dir or str(self._scratch)
+        atexit.register(self.close)  # also when the run fails: weights in shared memory are memory
+        self._local = LocalServers(run_dir / "logs", self._scratch)
+        server = replace(
+            server,
+            weights_dir=self._weights_dir,
+            key_file=settings.key_file,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            memory_share=settings.memory_share,
+            cpu_cache_gib=settings.cpu_cache_gib,
+        )
+        for number in range(settings.count):
+            devices = devices_of(settings.devices, number, settings.tensor_parallel_size)
+            self._local.start(f"{self._name}-{number}", server, devices)
+
+    def servers(self) -> Servers:
+        """Addresses, and one session of all processes; waits for servers of our own. Collective.
+
+        Raises: ServerFailed on the first process where a server of ours did not start, RuntimeError on the others.
+        """
+        settings, found, failure = self._settings, "", None
+        if self._processes.is_first:
+            try:
+                found = json.dumps([secrets.token_hex(16), self._urls(), self._weights_dir])
+            except Exception as error:  # noqa: BLE001 - the others are waiting to hear of it
+                failure = error
+        answer = self._processes.broadcast_text(found)
+        if not answer:
+            raise failure or RuntimeError(f"the first process has no {self._name} servers; see its log")
+        session, urls, weights_dir = json.loads(answer)
+        return Servers(
+            urls=urls,
+            session=session,
+            weights_dir=Path(weights_dir),
+            key=read_key(settings.key_file),
+            slots=self._slots,
+            stuck_seconds=settings.stuck_seconds,
+            load_seconds=settings.load_seconds,
+        )
+
+    def _urls(self) -> list[str]:
+        settings = self._settings
+        if settings.urls is not None:
+            return [url.strip() for url in settings.urls.split(",") if url.strip()]
+        assert self._local is not None
+        log.info("waiting for %d %s server(s)", settings.count, self._name)
+        return self._local.urls(settings.start_seconds)
+
+    def close(self) -> None:
+        """End servers of our own and remove what lies in shared memory. Idempotent."""
+        if self._local is not None:
+            self._local.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+
+def writer_servers(config: Config, processes: Processes) -> RunServers:
+    """Those of `rollout.servers`."""
+    rollout = config.rollout
+    server = ServerSettings(
+        model=config.student.model,
+        role=WRITER,
+        ready_file="",
+        weights_dir=rollout.servers.weights_dir or "",
+        dtype=rollout.dtype,
+        max_running=rollout.batch_size,
+        max_positions=longest_sequence(config),
+    )
+    return RunServers("writer", rollout.servers, server, Path(config.run.dir), processes)
+
+
+def teacher_servers(config: Config, key: str, processes: Processes) -> RunServers:
+    """Those of ``teacher.servers``, or of one of several: `key` is a key of `Config.every_teacher`."""
+    teacher = config.every_teacher()[key]
+    student = json.loads((Path(config.student.model) / "config.json").read_text(encoding="utf-8"))
+    server = ServerSettings(
+        model=str(teacher.model),
+        role=TEACHER,
+        ready_file="",
+        weights_dir="",
+        dtype=teacher.dtype,
+        max_running=min(SCORED_AT_A_TIME, teacher.micro_batch_tokens),
+        batch_tokens=teacher.micro_batch_tokens,
+        scored_ids=int(student["vocab_size"]),
+    )
+    name = key.replace("teachers.", "teacher-")
+    return RunServers(name, teacher.servers, server, Path(config.run.dir), processes)
+
+
+def longest_sequence(config: Config) -> int:
+    """Positions of the longest prompt with the longest response, in training or evaluation."""
+    responses = [config.rollout.max_new_tokens, config.evaluate.max_new_tokens or 0]
+    return config.data.max_prompt_tokens + max(responses)
+
+
+def private_folder(run_dir: Path, name: str) -> Path:
+    """A new folder in shared memory that nobody else can read, for what a run passes to its servers of this name. What
+    an attempt of the same run left there because it was killed is removed: the run's lock says that none of them is
+    alive."""
+    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    prefix = f"nemo_opd-{os.getuid()}-{run}-{name}."  # no name has a dot: one is not the beginning of another
+    for leftover in place.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=place))

@@ -1,0 +1,142 @@
+"""A writer: whose it is, which weights it holds, and whether it may write."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from nemo_opd.engines.vllm.engine import EngineThread
+from nemo_opd.engines.vllm.sampler import NOT_FINITE, draw_arguments
+from nemo_opd.engines.vllm.served import Line, Served
+from nemo_opd.engines.vllm.settings import ServerSettings
+from nemo_opd.engines.vllm.wire import Attach, Generate, Refit, Refused, WireRequest, Written
+from nemo_opd.refit.folder import check_folder, tensor_shapes
+from nemo_opd.types import Sampling
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+
+
+class Writer(Served):
+    """Draws tokens with weights that a trainer gives it."""
+
+    def __init__(self, settings: ServerSettings, engine: EngineThread) -> None:
+        super().__init__(settings, engine)
+        self.session, self.version, self.refusal = "", -1, ""
+        self._expected = tensor_shapes(Path(settings.model))
+        self._own_weights = True
+        self._changing = asyncio.Lock()
+
+    def health(self) -> dict[str, Any]:
+        health = super().health()
+        status = "refusing" if self.refusal and health["status"] == "ready" else health["status"]
+        return {**health, "status": status, "version": self.version}
+
+    async def attach(self, message: Attach) -> None:
+        """Give the server to a new session: what the one before asked for is dropped, versions begin again."""
+        async with self._changing:
+            self.session, self.version = message.session, -1
+            await self._between_steps(_drop_all)
+            if self._own_weights:
+                self.refusal = ""
+            elif message.reload:
+                await self._load(Path(self.settings.model), -1)
+                self._own_weights = True
+            else:
+                self.refusal = "it has no weights of this session yet"
+
+    def check_session(self, session: str) -> None:
+        if session != self.session:
+            raise Refused(409, "another session has this server; attach first")
+
+    async def refit(self, message: Refit) -> None:
+        """Take a set of weights. It is checked before the old one is touched: a folder that is refused changes nothing.
+
+        Raises Refused: 409 for a version that does not grow, 400 for a folder that is not what it should be. When the
+        engine fails half-way the server refuses to write until a complete refit.
+        """
+        async with self._changing:
+            self.check_session(message.session)
+            if message.version <= self.version:
+                raise Refused(409, f"policy version: got {message.version} after {self.version}; expected a larger one")
+            if not _NAME.fullmatch(message.name):
+                raise Refused(400, f"name: got {message.name[:100]!r}; expected the name of a folder")
+            folder = Path(self.settings.weights_dir) / message.name
+            if folder.is_symlink():
+                raise Refused(400, f"{message.name}: got a link; expected a folder")
+            try:
+                manifest = await asyncio.to_thread(check_folder, folder, self._expected)
+            except (ValueError, OSError) as error:
+                raise Refused(400, str(error)) from error
+            if manifest.version != message.version:
+                raise Refused(400, f"{message.name}: got version {manifest.version}; expected {message.version}")
+            await self._load(folder, message.version)
+            self._own_weights = False
+
+    async def _load(self, folder: Path, version: int) -> None:
+        """Replace the weights between two steps. Requests that are being written are computed again with the new ones
+        (their tokens stay), so that no key or value of the old weights is used for a token of the new."""
+        self.refusal = f"the load of policy version {version} did not complete"
+
+        def load(engine: LLMEngine) -> None:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            if not engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("keys and values of the old weights could not be dropped")
+            engine.set_weight_version(str(version))
+
+        await self._between_steps(load)
+        self.version, self.refusal = version, ""
+
+    async def _between_steps(self, function: Callable[[LLMEngine], None]) -> None:
+        await asyncio.wrap_future(self.engine.between_steps(function))
+
+    def generate(self, message: Generate) -> AsyncGenerator[Line, None]:
+        """A line for each response as it finishes; leaving early drops what is not finished."""
+        self.check_session(message.session)
+        if self.refusal:
+            raise Refused(503, f"refuses to write: {self.refusal}")
+        asked = [(r.key, [*r.prompt, *r.prefix], _parameters(r, message)) for r in message.requests]
+        return self._stream(asked, _written)
+
+
+def _parameters(request: WireRequest, message: Generate) -> SamplingParams:
+    drawn = message.sampling
+    sampling = Sampling(1, drawn.temperature, drawn.top_p, drawn.top_k, drawn.greedy)
+    return SamplingParams(
+        temperature=0.0,  # the logits processor draws
+        max_tokens=request.tokens,
+        stop_token_ids=list(message.eos_ids),
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=draw_arguments(sampling, request.seed, len(request.prefix)),
+    )
+
+
+def _drop_all(engine: LLMEngine) -> None:
+    engine.abort_request(list(engine.output_processor.external_req_ids))
+
+
+def _written(key: int, answer: RequestOutput) -> Written:
+    output = answer.outputs[0]
+    assert output.logprobs is not None
+    logprobs = [position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)]
+    if any(logprob >= NOT_FINITE for logprob in logprobs):
+        raise ValueError("the logits are not finite; the policy diverged")
+    spans = [[_number(span.version), span.start] for span in output.weight_versions or ()]
+    return Written(key, tuple(output.token_ids), logprobs, spans)
+
+
+def _number(version: str) -> int:
+    return -1 if version == "default" else int(version)
