@@ -44,6 +44,9 @@ class Server:
             self.running -= 1
             yield {"key": request.key, "by": self.url}
 
+    async def close(self) -> None:
+        pass
+
     def _alive(self) -> None:
         if self.lives <= 0:
             raise ServerGone(f"{self.url}: dead")
