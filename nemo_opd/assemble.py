@@ -47,6 +47,7 @@ from nemo_opd.processes import Processes
 from nemo_opd.prompts.stream import PromptStream, first_prompts
 from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.rollout.prefix import MixedSource, PrefixSchedule, TeacherPrefixSource
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
 from nemo_opd.stop.base import NoStop, StopRule
@@ -100,7 +101,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         config_text=config_text,
         folder=folder,
         processes=processes,
-        prompts=prompts,
+        ahead=build_ahead(config, prompts, processes, stop),
         decode=decoder(tokenizer),
         source=build_source(config, tokenizer, generator, stop_rule),
         verifier=build_verifier(config.verify),
@@ -297,6 +298,12 @@ def build_measure(
     dtype = dtype_of(config.teacher.dtype, "teacher.dtype")
     theirs = load_output_weight(str(config.teacher.model), 0, vocab_size, vocab_size, dtype).to(own.device)
     return Measure(FullDivergence(student, scorer, own, theirs), processes)
+
+
+def build_ahead(config: Config, prompts: PromptStream, processes: Processes, stop: StopRequest) -> RolloutsAhead:
+    """The prompts from where the stream stands on, with rollouts as far ahead as the recipe says."""
+    train, staleness = config.train, config.rollout.staleness
+    return RolloutsAhead(prompts, processes, stop.requested, train.prompts_per_step, staleness, train.steps)
 
 
 def build_source(

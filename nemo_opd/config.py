@@ -146,6 +146,9 @@ class RolloutConfig:
     dtype: str = "float32"
     refit_every: int = 1
     """Steps between two refits of the generator. An evaluation and a resume refit as well."""
+    staleness: int = 0
+    """Rollouts of the next so many steps are written while a step trains (engine vllm); 0: first the one, then the
+    other. A token is at most staleness + refit_every - 1 optimizer steps old."""
 
 
 @dataclass

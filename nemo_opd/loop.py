@@ -5,6 +5,9 @@
 
 Every rank runs this file in lockstep. A rank writes its share of the responses; all ranks then know all of them, and
 each data-parallel replica trains on its part. SFT is the same loop with a data set as the source of responses.
+
+With `rollout.staleness` above 0 a step finds its rollouts written, or nearly: they were begun some steps before it
+(`nemo_opd.rollout.ahead`), and verified, while those trained. Everything after them is the same.
 """
 
 from __future__ import annotations
@@ -13,30 +16,32 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
-from nemo_opd.config import Config, NoReward
+from nemo_opd.config import Config, NoReward, RolloutConfig
 from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.losses.base import DistillationLoss
 from nemo_opd.observe.clock import Clock
-from nemo_opd.observe.measure import rollout_metrics
+from nemo_opd.observe.measure import rollout_metrics, staleness_metrics
 from nemo_opd.observe.progress import Progress
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.observe.token_scores import flatten, shown_rollouts, unflatten
 from nemo_opd.packing import pack, sequence_length
 from nemo_opd.processes import Processes, balanced
-from nemo_opd.prompts.stream import PromptStream
 from nemo_opd.refit.manifest import Manifest
 from nemo_opd.refit.transfer import refit
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import groups, redraws_of, says_nothing, verifier_advantages
+from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
@@ -49,6 +54,7 @@ from nemo_opd.types import (
     Rollout,
     ScoreRequest,
     StepReport,
+    StopRequested,
     TeacherScores,
     TrainBatch,
     TrainStats,
@@ -69,7 +75,7 @@ class Run:
     config_text: str
     folder: Path
     processes: Processes
-    prompts: PromptStream
+    ahead: RolloutsAhead
     decode: Callable[[Tensor], str]
     source: RolloutSource
     verifier: Verifier | None
@@ -112,18 +118,19 @@ def train(run: Run) -> bool:
     saved = run.state.step
     refit_generator(run)
     evaluated = evaluate(run)  # what an earlier attempt did not come to
-    while evaluated and run.state.step < steps and not run.diagnosed and not run.stop.agreed():
-        report = one_step(run)
-        if report is None:
-            break
-        report = diagnosed(run, report)
-        progress.advance(report)
-        if run.recorder:
-            run.recorder.write(report)
-        if report.step == steps or _due(run.config.checkpoint.every, report.step):
-            save(run)
-            saved = report.step
-        evaluated = evaluate(run)  # after saving: an evaluation that fails costs no trained step
+    with closing(run.ahead):
+        while evaluated and run.state.step < steps and not run.diagnosed and not run.stop.agreed():
+            report = one_step(run)
+            if report is None:
+                break
+            report = diagnosed(run, report)
+            progress.advance(report)
+            if run.recorder:
+                run.recorder.write(report)
+            if report.step == steps or _due(run.config.checkpoint.every, report.step):
+                save(run)
+                saved = report.step
+            evaluated = evaluate(run)  # after saving: an evaluation that fails costs no trained step
     if saved < run.state.step:
         save(run)
     progress.close()
@@ -138,6 +145,7 @@ def one_step(run: Run) -> StepReport | None:
         if drawn is None:
             return None  # the stream's position in the run's state is still the one before this step
         rollouts, passed_over = drawn
+        stale = staleness_metrics(rollouts, run.state.step, oldest(run.config.rollout))
     with clock.section("context"):
         contexts = run.context.context_ids(rollouts)
     with clock.section("stop"):
@@ -154,7 +162,7 @@ def one_step(run: Run) -> StepReport | None:
     with clock.section("train"):
         stats = run.trainer.train_step(batch)
     run.state.step += 1
-    run.state.prompts = run.prompts.state()
+    run.state.prompts = run.ahead.position
     stopped = run.stop_rule.end_step()
     if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
         with clock.section("refit"):
@@ -168,6 +176,7 @@ def one_step(run: Run) -> StepReport | None:
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **measured,
+        **stale,
         **reward_metrics(run, rollouts, passed_over),
         **(run.routing.metrics(rollouts) if run.routing else {}),
         **token_metrics(run.state, rollouts, passed_over, contexts, trained, stopped.discarded),
@@ -198,8 +207,8 @@ def drawn_rollouts(run: Run) -> tuple[list[Rollout], list[Rollout]] | None:
     for the next prompts of the stream. None when a stop request interrupted them."""
     missing, kept, passed_over = run.config.train.prompts_per_step, [], []  # type: int, list[Rollout], list[Rollout]
     for _ in range(1 + redraws_of(run.config.reward)):
-        prompts = run.prompts.take(missing)
-        mine = list(verified(run, written(run, prompts)))
+        prompts, writing = run.ahead.draw(partial(written, run), run.state.step, missing)
+        mine = list(writing)
         if run.stop.agreed():
             return None
         rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
@@ -224,18 +233,19 @@ def spread(run: Run, rollouts: Sequence[Rollout], advantages: Sequence[float]) -
     return [[i for i in members if not useless[i]] for members in parts]
 
 
-def written(run: Run, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
-    """This rank's share of the step's responses, as they finish."""
+def written(run: Run, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+    """This rank's share of a step's responses with the verifier's reward, as they finish. In a thread of its own where
+    the step is still ahead."""
     mine = [prompts[i] for i in run.processes.share(len(prompts))]
-    return run.source.rollouts(mine, run.state.step, run.stop.requested)
-
-
-def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
-    """The same rollouts with the verifier's reward."""
-    for rollout in rollouts:
+    for rollout in run.source.rollouts(mine, step, stop_requested):
         if run.verifier is not None:
             rollout = replace(rollout, reward=run.verifier(rollout.text, rollout.prompt))
         yield rollout
+
+
+def oldest(rollout: RolloutConfig) -> int:
+    """Optimizer steps by which a token may be older than the policy that is trained on it."""
+    return rollout.staleness + rollout.refit_every - 1
 
 
 def teacher_numbers(run: Run, rollouts: Sequence[Rollout]) -> list[int]:

@@ -61,9 +61,14 @@ class Processes:
         """This rank's contiguous part of `count` items: parts differ by at most one and cover all."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, by rank."""
+        parts = self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+        return [bytes(part.tolist()).decode() for part in parts]
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's text on every rank."""
-        return bytes(self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))[0].tolist()).decode()
+        return self.gather_text(text)[0]
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -27,6 +27,7 @@ from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
 from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
 from nemo_opd.configuration.reward_rules import reward_rules
 from nemo_opd.configuration.server_rules import server_rules
+from nemo_opd.configuration.staleness_rules import staleness_rules
 from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.configuration.teacher_rules import teacher_rules
 from nemo_opd.errors import ConfigError
@@ -80,6 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.top_k": (0, math.inf),
     "rollout.batch_size": (1, math.inf),
     "rollout.refit_every": (1, math.inf),
+    "rollout.staleness": (0, 64),
     **{
         f"{section}.servers.{name}": bounds
         for section in ("rollout", "teacher")
@@ -183,6 +185,7 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         stop_rules,
         prefix_rules,
         server_rules,
+        staleness_rules,
         context_rules,
         reward_rules,
         _served_scores,

@@ -96,6 +96,7 @@ class Evaluation:
         lengths = torch.zeros_like(rewards)
         row = {prompt.index: number for number, prompt in enumerate(mine)}
         for rollout in generator.generate(self.requests(mine), self.sampling, stop.requested):
+            assert bool((rollout.policy_version == generator.version).all()), "an answer of other weights"
             at = row[rollout.prompt.index], rollout.sample
             reward = self.verifier(rollout.text, rollout.prompt)
             rewards[at] = torch.nan if reward is None else reward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,13 @@ class Verifier:
 
     Subclasses implement `grade`, or `compare` where they need more of the prompt. With `verify.answer_pattern` set,
     the answer is what follows the pattern's last occurrence, in the reference too where it occurs there (GSM8K's
-    references hold the whole solution).
+    references hold the whole solution). Threads may share one.
     """
 
     def __init__(self, config: VerifyConfig) -> None:
         self._marker = config.answer_pattern
         self._time_limit = config.time_limit
+        self._counting = threading.Lock()
         self.counts: Counter[str] = Counter()
         """Responses by outcome: right, wrong, timeout, error, no_reference, unreadable_reference, unavailable."""
 
@@ -90,7 +92,9 @@ class Verifier:
         return text if self._marker is None else text.rpartition(self._marker)[2]
 
     def _count(self, outcome: str, reward: float | None, detail: str | None = None) -> float | None:
-        self.counts[outcome] += 1
-        if detail is not None and self.counts[outcome] <= _LOGGED_ERRORS:
+        with self._counting:
+            self.counts[outcome] += 1
+            count = self.counts[outcome]
+        if detail is not None and count <= _LOGGED_ERRORS:
             _LOG.warning("verifier: %s (%s)", outcome, detail[:500])
         return reward

@@ -37,6 +37,7 @@ def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -
     return SimpleNamespace(
         **{"config": config, "processes": processes, "stop": stop, "folder": folder, "state": state},
         **{"recorder": recorder, "evaluation": None, "generator": object()},
+        **{"ahead": SimpleNamespace(close=lambda: None)},
         **{"diagnosis": Diagnosis(config.diagnose, state.diagnosis), "diagnosed": ""},
     )
 

@@ -76,14 +76,15 @@ class Client:
     async def ask(self, message: Form) -> AsyncIterator[dict[str, Any]]:
         """The stream's lines that are about a request. Leaving early makes the server drop the rest.
 
-        Raises ServerGone when the stream breaks off or nothing moves any more, ServerRefused for another answer.
+        Raises ServerGone when the stream breaks off, nothing moves any more, or the server has no whole set of weights
+        (503); ServerRefused for another answer.
         """
         progress = _Progress(self._stuck_seconds)
         try:
             async with self._http.stream("POST", message.path, json=message.to_dict()) as response:
                 if response.status_code != httpx.codes.OK:
                     await response.aread()
-                    self._answer(response)
+                    self._answer_or_gone(response)
                 async for text in response.aiter_lines():
                     line = json.loads(text)
                     if "end" in line:
@@ -96,6 +97,14 @@ class Client:
         except (httpx.HTTPError, ValueError) as error:
             raise ServerGone(f"{self.url}: {type(error).__name__}: {error}") from error
         raise ServerGone(f"{self.url}: the answer broke off")
+
+    def _answer_or_gone(self, response: httpx.Response) -> None:
+        try:
+            self._answer(response)
+        except ServerRefused as error:
+            if error.status == httpx.codes.SERVICE_UNAVAILABLE:
+                raise ServerGone(str(error)) from error
+            raise
 
     async def close(self) -> None:
         await self._http.aclose()

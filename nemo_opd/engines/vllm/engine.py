@@ -31,6 +31,12 @@ from nemo_opd.engines.vllm.wire import EngineFailed
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+class Dropped(Exception):
+    """The request came to nothing through no fault of its own: another server may write it."""
+
+
 Emit = Callable[[str, RequestOutput | Exception], None]
 """Told of each finished request, by its id, from the engine's thread."""
 
@@ -149,6 +155,13 @@ class EngineThread:
 
         self._inbox.put(call)
         return future
+
+    def drop_all(self) -> None:
+        """Give every request up and tell those who wait. From the engine's thread alone (`between_steps`)."""
+        dropped, self._jobs = self._jobs, {}
+        self._engine.abort_request(list(dropped))
+        for job in dropped.values():
+            job.emit(job.id, Dropped())
 
     def stop(self) -> None:
         self._inbox.put(None)

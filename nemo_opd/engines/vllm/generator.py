@@ -34,7 +34,11 @@ _TIED = "lm_head.weight"
 
 
 class VLLMGenerator:
-    """Several processes may hold one of the same session; the first one alone attaches and moves weights."""
+    """Several processes may hold one of the same session; the first one alone attaches and moves weights.
+
+    `generate` may be called and its iterators read in other threads than `load_weights`: responses that are being
+    written when weights change go on with the new ones.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,9 @@ class VLLMGenerator:
         self._refusal = "" if read_weights else "it has no weights yet"
         self._folder: Path | None = None
         self.version = -1
+        self._newest = -1
+        """Versions up to this one may come back: a server has the next one before all of them do."""
+        self._changing = threading.Lock()
         self.refit_bytes, self.refit_seconds = 0, 0.0
         """Of the last set of weights that this process moved."""
         self._calls: Calls | None = Calls(servers)
@@ -96,8 +103,10 @@ class VLLMGenerator:
         server is left, ServerRefused when one will not write, RuntimeError for a request that came to nothing.
         """
         calls = self._open("generate")
-        if self._refusal:
-            raise RuntimeError(f"generator refuses to generate: {self._refusal}; load a complete set of weights first")
+        with self._changing:  # a load that another thread is at is waited for
+            if self._refusal:
+                reason = f"{self._refusal}; load a complete set of weights first"
+                raise RuntimeError(f"generator refuses to generate: {reason}")
         check_sampling(sampling)
         for request in requests:
             check_generate_request(request, sampling, self.vocab_size, self._positions)
@@ -132,8 +141,8 @@ class VLLMGenerator:
         versions = torch.full((prefix + drawn,), -1)
         for version, start in written.versions:
             versions[prefix + start :] = version
-        if drawn and not -1 <= int(versions[prefix:].max()) <= self.version:
-            raise BadMessage(f"tokens of policy version {int(versions.max())}; expected at most {self.version}")
+        if drawn and not -1 <= int(versions[prefix:].max()) <= self._newest:
+            raise BadMessage(f"tokens of policy version {int(versions.max())}; expected at most {self._newest}")
         ids = torch.tensor([*request.prefix_ids, *written.ids], dtype=torch.int64)
         return Finished(request, ids, torch.tensor([*[float("nan")] * prefix, *written.logprobs]), versions)
 
@@ -150,14 +159,16 @@ class VLLMGenerator:
         calls = self._open("load_weights")
         if version <= self.version:
             raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
-        self._refusal = f"the load of policy version {version} did not complete"
-        checked = self._checked(weights)
-        if self._is_first:
-            self._move(calls, checked, version)
-        else:
-            for _ in checked:
-                pass
-        self.version, self._refusal = version, ""
+        with self._changing:
+            self._refusal = f"the load of policy version {version} did not complete"
+            self._newest = version
+            checked = self._checked(weights)
+            if self._is_first:
+                self._move(calls, checked, version)
+            else:
+                for _ in checked:
+                    pass
+            self.version, self._refusal = version, ""
 
     def _checked(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """A tied output layer may come, equal to the embedding; the servers do not need it."""

@@ -10,7 +10,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
-from nemo_opd.engines.vllm.engine import EngineThread, Job
+from nemo_opd.engines.vllm.engine import Dropped, EngineThread, Job
 from nemo_opd.engines.vllm.identity import weights_id
 from nemo_opd.engines.vllm.settings import ServerSettings
 from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, EngineFailed, Message
@@ -56,12 +56,13 @@ class Served:
         asked: Sequence[tuple[int, Sequence[int], SamplingParams]],
         answer: Callable[[int, RequestOutput], Message],
     ) -> AsyncGenerator[Line, None]:
-        """A line for each of `asked` as it finishes; leaving early drops the rest.
+        """A line for each of `asked` as it finishes; leaving early drops the rest. It breaks off, without an ``end``,
+        when they were dropped.
 
         `answer` is called in the engine's thread; what it raises is that key's failure.
         Raises EngineFailed: whoever asked is better off with another server.
         """
-        loop, lines = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Line | EngineFailed]]()
+        loop, lines = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Line | EngineFailed | Dropped]]()
         keys: dict[str, int] = {}
 
         def emit(job: str, output: RequestOutput | Exception) -> None:
@@ -80,6 +81,9 @@ class Served:
                     continue
                 if isinstance(line, EngineFailed):
                     raise line
+                if isinstance(line, Dropped):
+                    yield {"steps": self.engine.steps}  # the first line may not have been sent yet
+                    return
                 open_keys.discard(key)
                 yield line
             yield {"end": len(keys)}
@@ -87,8 +91,8 @@ class Served:
             self.engine.cancel(list(keys))
 
 
-def _line(key: int, output: RequestOutput | Exception, answer: Answer) -> Line | EngineFailed:
-    if isinstance(output, EngineFailed):
+def _line(key: int, output: RequestOutput | Exception, answer: Answer) -> Line | EngineFailed | Dropped:
+    if isinstance(output, EngineFailed | Dropped):
         return output
     try:
         if isinstance(output, Exception):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nemo_opd.engines.vllm.engine import EngineThread
 from nemo_opd.engines.vllm.sampler import NOT_FINITE, draw_arguments
 from nemo_opd.engines.vllm.served import Line, Served
 from nemo_opd.engines.vllm.settings import ServerSettings
-from nemo_opd.engines.vllm.wire import Attach, Generate, Refit, Refused, WireRequest, Written
+from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Generate, Refit, Refused, WireRequest, Written
 from nemo_opd.refit.folder import check_folder, tensor_shapes
 from nemo_opd.types import Sampling
 
@@ -36,6 +37,8 @@ class Writer(Served):
         self._expected = tensor_shapes(Path(settings.model))
         self._own_weights = True
         self._changing = asyncio.Lock()
+        self._settled = asyncio.Event()
+        self._settled.set()
 
     def health(self) -> dict[str, Any]:
         health = super().health()
@@ -46,7 +49,7 @@ class Writer(Served):
         """Give the server to a new session: what the one before asked for is dropped, versions begin again."""
         async with self._changing:
             self.session, self.version = message.session, -1
-            await self._between_steps(_drop_all)
+            await self._between_steps(lambda engine: self.engine.drop_all())
             if self._own_weights:
                 self.refusal = ""
             elif message.reload:
@@ -85,28 +88,48 @@ class Writer(Served):
 
     async def _load(self, folder: Path, version: int) -> None:
         """Replace the weights between two steps. Requests that are being written are computed again with the new ones
-        (their tokens stay), so that no key or value of the old weights is used for a token of the new."""
+        (their tokens stay), so that no key or value of the old weights is used for a token of the new. When it fails
+        they are dropped: nothing is written with weights of which nobody knows what they are."""
         self.refusal = f"the load of policy version {version} did not complete"
 
         def load(engine: LLMEngine) -> None:
-            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            if not engine.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError("keys and values of the old weights could not be dropped")
-            engine.set_weight_version(str(version))
+            try:
+                engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                if not engine.reset_prefix_cache(reset_running_requests=True):
+                    raise RuntimeError("keys and values of the old weights could not be dropped")
+                engine.set_weight_version(str(version))
+            except BaseException:
+                self.engine.drop_all()
+                raise
 
-        await self._between_steps(load)
-        self.version, self.refusal = version, ""
+        self._settled.clear()
+        try:
+            await self._between_steps(load)
+            self.version, self.refusal = version, ""
+        finally:
+            self._settled.set()
 
     async def _between_steps(self, function: Callable[[LLMEngine], None]) -> None:
         await asyncio.wrap_future(self.engine.between_steps(function))
 
-    def generate(self, message: Generate) -> AsyncGenerator[Line, None]:
-        """A line for each response as it finishes; leaving early drops what is not finished."""
+    async def generate(self, message: Generate) -> AsyncGenerator[Line, None]:
+        """A line for each response as it finishes; leaving early drops what is not finished. Weights that are being
+        loaded are waited for. It breaks off, without an ``end``, when its requests were dropped."""
         self.check_session(message.session)
+        waited = False
+        while not self._settled.is_set():
+            waited = True
+            yield {"steps": self.engine.steps}
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), BEAT_SECONDS)
+        if waited and (self.refusal or message.session != self.session):
+            return  # too late to refuse
         if self.refusal:
             raise Refused(503, f"refuses to write: {self.refusal}")
         asked = [(r.key, [*r.prompt, *r.prefix], _parameters(r, message)) for r in message.requests]
-        return self._stream(asked, _written)
+        async with aclosing(self._stream(asked, _written)) as lines:
+            async for line in lines:
+                yield line
 
 
 def _parameters(request: WireRequest, message: Generate) -> SamplingParams:
@@ -122,10 +145,6 @@ def _parameters(request: WireRequest, message: Generate) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=draw_arguments(sampling, request.seed, len(request.prefix)),
     )
-
-
-def _drop_all(engine: LLMEngine) -> None:
-    engine.abort_request(list(engine.output_processor.external_req_ids))
 
 
 def _written(key: int, answer: RequestOutput) -> Written:

@@ -28,6 +28,8 @@ class Bad:
 
 
 SERVED = ("teacher.engine=vllm", "teacher.servers.urls=http://node1:8000")
+AHEAD = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1", "rollout.servers.weights_dir=/w",
+         "rollout.staleness=2")  # fmt: skip
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
 CASES = [
@@ -327,6 +329,23 @@ CASES = [
     Bad("greedy_samples", "evaluate.samples_per_prompt: got 4; expected 1, as greedy samples are all the same; set "
         "evaluate.samples_per_prompt=1 or evaluate.greedy=false",
         ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.greedy=true", "evaluate.samples_per_prompt=4")),
+    Bad("ahead_without_servers", "rollout.staleness: got 1; expected 0 with engine hf, which writes and trains in the "
+        "same processes by turns; set rollout.engine=vllm, or leave staleness out", ("rollout.staleness=1",)),
+    Bad("ahead_of_a_data_set", "rollout.staleness: got 2; expected 0, as the data set wrote the responses; leave it "
+        "out", (*AHEAD, "algorithm=sft", "evaluate.path=train.jsonl", "verify.name=exact")),
+    Bad("ahead_of_the_teacher", "rollout.staleness: got 2; expected 0 with prefix teacher, as the teacher begins the "
+        "responses in the trainer's processes; leave staleness out, or set prefix=student",
+        (*AHEAD, "prefix=teacher")),
+    Bad("redrawn_ahead", "reward.equal_groups: got redraw; expected keep or drop with rollout.staleness=2, as further "
+        "prompts would be begun when the step is due; choose one of these, or leave staleness out",
+        (*AHEAD, "reward=group_relative", "reward.equal_groups=redraw", "verify.name=exact",
+         "rollout.samples_per_prompt=4")),
+    Bad("old_tokens_taken_for_new", "weight.name (algorithm opd): got unit; expected tis, icepop or sequence for loss "
+        "policy_gradient with staleness, whose tokens an older policy drew; choose one of these, or "
+        "loss.importance_ratio=sampler",
+        (*AHEAD, "loss=policy_gradient", "loss.importance_ratio=none")),
+    Bad("old_tokens_of_k2", "weight.name (algorithm opd): got unit; expected tis, icepop or sequence for loss k2 with "
+        "staleness, whose tokens an older policy drew; choose one of these", (*AHEAD, "loss=k2")),
     Bad("unknown_action", "diagnose.repetition.action: got halt; expected one of ignore, warn, stop; choose one of "
         "these", ("diagnose.repetition.action=halt",)),
     Bad("action_without_its_key", "diagnose.repetition: got stop; expected a section with action, threshold; set them "

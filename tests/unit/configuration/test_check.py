@@ -140,3 +140,22 @@ def test_every_number_of_the_schema_has_a_range() -> None:
 
 def test_defaults_pass_every_range_and_choice(recipe: Path) -> None:
     check(load(recipe, checked=False), {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("loss=reverse_kl",),
+        ("loss=tail", "loss.divergence=jsd"),
+        ("loss=policy_gradient",),
+        ("loss=policy_gradient", "loss.importance_ratio=none", "weight=tis"),
+        ("loss=k2", "weight=icepop"),
+        ("loss=minillm",),
+        ("prefix=mixed", "prefix.loss=same"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_losses_that_may_read_older_tokens(recipe: Path, words: tuple[str, ...]) -> None:
+    """Divergences as they are, losses of the sampled token with an importance ratio in either place."""
+    servers = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1", "rollout.servers.weights_dir=/w")
+    assert load(recipe, [*servers, "rollout.staleness=2", *words]).rollout.staleness == 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_opd.observe.measure import repeated_3grams, rollout_metrics
+from nemo_opd.observe.measure import repeated_3grams, rollout_metrics, staleness_metrics
 from nemo_opd.types import Finish
 from tests.helpers.rollouts import make_rollout
 
@@ -53,3 +53,17 @@ def test_responses_too_short_for_a_3gram_have_no_share():
     assert repeated_3grams([]) is None
     assert repeated_3grams([torch.tensor([1, 2]), torch.tensor([3])]) is None
     assert "response/repeated_3grams" not in rollout_metrics([make_rollout(0, 2)])
+
+
+def test_staleness_is_that_of_trained_tokens_which_a_policy_of_ours_wrote() -> None:
+    versions, mask = torch.tensor([-1, 3, 4, 4, 5, 5]), torch.tensor([True, True, True, False, True, True])
+    mixed = replace(make_rollout(0, 6), policy_version=versions, loss_mask=mask)
+    given = replace(make_rollout(1, 3), policy_version=torch.full((3,), -1))
+    found = staleness_metrics([mixed, given], version=5, oldest=2)
+    expected = {"staleness_mean": 0.75, "staleness_0": 0.5, "staleness_1": 0.25, "staleness_2": 0.25}
+    assert found == {f"rollout/{name}": value for name, value in expected.items()}
+    for version, oldest in ((5, 1), (4, 2)):  # too old; from the future
+        with pytest.raises(AssertionError):
+            staleness_metrics([mixed], version, oldest)
+    assert staleness_metrics([replace(mixed, policy_version=torch.full((6,), 5))], 5, oldest=0) == {}
+    assert staleness_metrics([], 5, 1) == {f"rollout/staleness_{name}": 0.0 for name in ("mean", 0, 1)}

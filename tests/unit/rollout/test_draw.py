@@ -15,6 +15,7 @@ from nemo_opd.config import GroupRelativeReward, NoReward, SlotConfig
 from nemo_opd.loop import drawn_rollouts, reward_metrics, token_metrics
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.types import Prompt, Rollout
 from tests.helpers.rollouts import make_prompt, make_rollout
 
@@ -28,6 +29,9 @@ class _Stream:
     def take(self, n: int) -> list[Prompt]:
         self.position += n
         return [make_prompt(index) for index in range(self.position - n, self.position)]
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
 
 
 class _Source:
@@ -46,13 +50,14 @@ def _text(ids: torch.Tensor) -> str:
 
 def _run(reward: SlotConfig, prompts_per_step: int = 2) -> Any:
     processes = Processes()
+    stop = StopRequest(None, "test", processes)
     return SimpleNamespace(
         config=SimpleNamespace(reward=reward, train=SimpleNamespace(prompts_per_step=prompts_per_step)),
-        prompts=_Stream(),
+        ahead=RolloutsAhead(_Stream(), processes, stop.requested, prompts_per_step, staleness=0, steps=10),
         source=_Source(),
         verifier=lambda text, prompt: float(text == "even") if prompt.index % 3 == 0 else 1.0,
         processes=processes,
-        stop=StopRequest(None, "test", processes),
+        stop=stop,
         decode=_text,
         state=RunState(),
     )
@@ -78,7 +83,7 @@ def test_equal_groups_are_replaced_by_the_next_prompts() -> None:
     assert drawn is not None
     kept, passed_over = drawn
     assert _prompts(kept) == [0, 3] and len(kept) == 6 and _prompts(passed_over) == [1, 2]
-    assert run.prompts.position == 4, "no prompt more than was needed"
+    assert run.ahead.position == {"position": 4}, "no prompt more than was needed"
     metrics = reward_metrics(run, kept, passed_over)
     assert metrics["reward/equal_groups"] == metrics["reward/passed_over_groups"] == 2
     assert run.state.counters["passed_over_groups"] == 2
