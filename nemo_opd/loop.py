@@ -41,7 +41,7 @@ from nemo_opd.refit.manifest import Manifest
 from nemo_opd.refit.transfer import refit
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import groups, redraws_of, says_nothing, verifier_advantages
-from nemo_opd.rollout.ahead import RolloutsAhead
+from nemo_opd.rollout.ahead import RolloutsAhead, check_versions
 from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
@@ -145,7 +145,7 @@ def one_step(run: Run) -> StepReport | None:
         if drawn is None:
             return None  # the stream's position in the run's state is still the one before this step
         rollouts, passed_over = drawn
-        stale = staleness_metrics(rollouts, run.state.step, oldest(run.config.rollout))
+        check_versions(rollouts, run.state.step, oldest(run.config.rollout))
     with clock.section("context"):
         contexts = run.context.context_ids(rollouts)
     with clock.section("stop"):
@@ -171,6 +171,7 @@ def one_step(run: Run) -> StepReport | None:
         record_rollouts(run, rollouts, batch, stats)
     with clock.section("measure"):
         measured = rollout_metrics(rollouts)
+        stale = staleness_metrics(rollouts, run.state.step - 1, oldest(run.config.rollout))
     metrics = {
         "loss/total": sum(stats.losses.values()),
         **{f"loss/{name}": value for name, value in stats.losses.items()},

@@ -39,16 +39,15 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 def staleness_metrics(rollouts: Sequence[Rollout], version: int, oldest: int) -> dict[str, float]:
     """By how many optimizer steps the trained tokens that a policy of ours wrote are older than the policy `version`
-    that is trained on them: their mean, and the share of each number up to `oldest`, beyond which there is none.
+    that is trained on them: their mean, and the share of each number up to `oldest`, beyond which there is none
+    (`nemo_opd.rollout.ahead.check_versions`).
 
     Nothing where `oldest` is 0.
     """
-    versions = [r.policy_version[r.loss_mask & (r.policy_version >= 0)] for r in rollouts]
-    age = version - torch.cat([torch.empty(0, dtype=torch.int64), *versions])
-    if len(age):
-        assert set(age.unique().tolist()) <= set(range(oldest + 1)), (version, oldest, age.unique().tolist())
     if not oldest:
         return {}
+    versions = [r.policy_version[r.loss_mask & (r.policy_version >= 0)] for r in rollouts]
+    age = version - torch.cat([torch.empty(0, dtype=torch.int64), *versions])
     counts = age.bincount(minlength=oldest + 1).double() / max(1, len(age))
     shares = {f"rollout/staleness_{number}": share for number, share in enumerate(counts.tolist())}
     mean = float(counts @ torch.arange(oldest + 1, dtype=torch.float64))

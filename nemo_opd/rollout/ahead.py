@@ -36,6 +36,23 @@ class Prompts(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
+def check_versions(rollouts: Sequence[Rollout], version: int, oldest: int) -> None:
+    """Refuse what is beyond the promise: tokens for training that a policy of ours wrote are at most `oldest` steps
+    older than the policy `version` that is trained on them, and none is newer.
+
+    Raises RuntimeError, which names the versions; alike on every rank, as every rank knows all rollouts.
+    """
+    for rollout in rollouts:
+        versions = rollout.policy_version[rollout.loss_mask & (rollout.policy_version >= 0)].unique().tolist()
+        if versions and not version - oldest <= versions[0] <= versions[-1] <= version:
+            raise RuntimeError(
+                f"prompt {rollout.prompt.index}, sample {rollout.sample}: got tokens of policy versions {versions}; "
+                f"expected {max(0, version - oldest)} to {version}, as policy {version} is trained on them and "
+                f"rollout.staleness with rollout.refit_every lets tokens be {oldest} steps old; whoever wrote them "
+                "missed a set of weights"
+            )
+
+
 class RolloutsAhead:
     """Hands out steps in order: their prompts, each taken from the stream once, and rollouts.
 

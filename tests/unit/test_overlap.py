@@ -406,7 +406,8 @@ def test_tokens_older_than_may_be_are_not_trained_on(tmp_path: Path) -> None:
     generator, trainer, _ = parts(run)
     generator.when = lambda step, offset: 0
     generator.load_weights = lambda weights, version: setattr(generator, "version", 0)
-    with pytest.raises(AssertionError):
+    said = r"prompt 4, sample 0: got tokens of policy versions \[0\]; expected 1 to 2, as policy 2 is trained on them"
+    with pytest.raises(RuntimeError, match=said):
         train(run)
     assert len(trainer.batches) == 2
     assert threads() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Pool:
 
     async def take(self, message: Refit, attach: Attach, seconds: float) -> None:
         """Give every server the same weights; those that were lost are attached first. A server that does not take
-        them is left out, so that all which go on hold the same version.
+        them is left out, so that all which go on hold the same version: what it is writing, others write again.
 
         Raises ServerGone or ServerRefused, the first server's reason, when none took them.
         """
@@ -106,7 +106,7 @@ class Pool:
             first = [[waiting.popleft() for _ in range(min(share, self._slots, len(waiting)))] for _ in servers]
             async with asyncio.TaskGroup() as group:
                 for client, portion in zip(servers, first, strict=True):
-                    hand = _Hand(client, form, waiting, tell, self._slots)
+                    hand = _Hand(client, form, waiting, tell, self._slots, self._lost)
                     group.create_task(self._keep_busy(hand, portion, sendings))
 
     async def _to_ask(self) -> list[Client]:
@@ -171,10 +171,12 @@ class Pool:
 class _Hand:
     """One server's share of a call: its unfinished requests, and how it gets more."""
 
-    def __init__(self, client: Client, form: Form, waiting: deque[Any], tell: Tell, slots: int) -> None:
+    def __init__(
+        self, client: Client, form: Form, waiting: deque[Any], tell: Tell, slots: int, lost: Container[Client]
+    ) -> None:
         self.client, self.waiting, self.tell = client, waiting, tell
         self.open: dict[int, Any] = {}
-        self._form, self._slots = form, slots
+        self._form, self._slots, self._lost = form, slots, lost
 
     async def work(self, portion: list[Any]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -187,6 +189,8 @@ class _Hand:
 
     async def _read(self, portion: list[Any], group: asyncio.TaskGroup) -> None:
         async for line in self.client.ask(replace(self._form, requests=tuple(portion))):
+            if self.client in self._lost:  # left out meanwhile: it may lack the weights that the others have
+                raise ServerGone(f"{self.client.url}: it answers, but was left out")
             if self.open.pop(line["key"], None) is not None:
                 self.tell(line)
             free = self._slots - len(self.open)

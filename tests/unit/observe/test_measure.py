@@ -62,8 +62,5 @@ def test_staleness_is_that_of_trained_tokens_which_a_policy_of_ours_wrote() -> N
     found = staleness_metrics([mixed, given], version=5, oldest=2)
     expected = {"staleness_mean": 0.75, "staleness_0": 0.5, "staleness_1": 0.25, "staleness_2": 0.25}
     assert found == {f"rollout/{name}": value for name, value in expected.items()}
-    for version, oldest in ((5, 1), (4, 2)):  # too old; from the future
-        with pytest.raises(AssertionError):
-            staleness_metrics([mixed], version, oldest)
     assert staleness_metrics([replace(mixed, policy_version=torch.full((6,), 5))], 5, oldest=0) == {}
     assert staleness_metrics([], 5, 1) == {f"rollout/staleness_{name}": 0.0 for name in ("mean", 0, 1)}

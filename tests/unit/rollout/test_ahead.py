@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_opd.processes import Processes
-from nemo_opd.rollout.ahead import RolloutsAhead
+from nemo_opd.rollout.ahead import RolloutsAhead, check_versions
 from nemo_opd.types import Prompt, Rollout, StopRequested
 from tests.helpers.ranks import RankPool
 from tests.helpers.rollouts import make_prompt, make_rollout
@@ -142,6 +144,19 @@ def test_what_fails_ahead_is_raised_by_the_step_it_belongs_to() -> None:
     with pytest.raises(ValueError, match="no ink"):
         indices(draws.draw(failing, 1, 2)[1])
     draws.close()
+
+
+def test_a_token_is_no_older_than_the_promise_and_not_from_the_future() -> None:
+    versions, mask = torch.tensor([-1, 3, 4, 4, 5, 5]), torch.tensor([True, True, True, False, True, True])
+    mixed = replace(make_rollout(7, 6), policy_version=versions, loss_mask=mask)
+    given = replace(make_rollout(1, 3), policy_version=torch.full((3,), -1))
+    check_versions([given, mixed], version=5, oldest=2)
+    check_versions([replace(mixed, loss_mask=versions == 5), given], version=5, oldest=0)
+    check_versions([], 0, 0)
+    for version, oldest, expected in ((5, 1, "4 to 5"), (4, 2, "2 to 4"), (5, 0, "5 to 5")):
+        said = rf"prompt 7, sample 0: got tokens of policy versions \[3, 4, 5\]; expected {expected}, as policy"
+        with pytest.raises(RuntimeError, match=said):
+            check_versions([given, mixed], version, oldest)
 
 
 def _fails_on_the_second(rank: int) -> list[str]:

@@ -116,6 +116,34 @@ def test_a_lost_server_returns_with_the_next_weights() -> None:
         take(3)
 
 
+def test_what_a_server_that_missed_the_weights_goes_on_writing_is_written_again() -> None:
+    """It refuses the new weights in the middle of a call, and answers as before."""
+
+    class Deaf(Server):
+        async def refit(self, message: Refit, seconds: float) -> None:
+            raise ServerRefused(self.url, 400, "damaged")
+
+    deaf, other = Deaf("deaf"), Server("other")
+    pool, lines = pool_of(deaf, other), []  # type: Pool, list[dict[str, Any]]
+
+    async def play() -> None:
+        async def refit_after(count: int) -> None:
+            while len(lines) < count:
+                await asyncio.sleep(0)
+            await pool.take(Refit("0", 1, "folder"), Attach("0", False), 1.0)
+            lines.append({"by": "the refit"})
+
+        call = pool.ask(Generate(tuple(requests(40)), "0", SAMPLING, ()), lines.append)
+        await asyncio.gather(call, refit_after(10))
+
+    asyncio.run(play())
+    by = [line["by"] for line in lines]
+    at = by.index("the refit")
+    assert "deaf" in by[:at] and "deaf" not in by[at:]
+    assert sorted(line["key"] for line in lines if "key" in line) == list(range(40))
+    assert pool.resent > 0 and [server.url for server in pool.alive] == ["other"]
+
+
 def test_a_refusal_is_not_a_loss() -> None:
     class Refusing(Server):
         async def ask(self, message: Generate) -> AsyncIterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # importing vLLM takes ten seconds
 class Engine:
     """Writes for ever. `loading` is waited for in the middle of a load; `fails` ends it."""
 
-    model_config = SimpleNamespace()
+    model_config = SimpleNamespace(get_vocab_size=lambda: 40)
     vllm_config = SimpleNamespace(use_v2_model_runner=False)
 
     def __init__(self) -> None:
