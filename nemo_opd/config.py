@@ -61,9 +61,14 @@ class ServersConfig:
     """Keys and values of a server of our own, where there is no GPU."""
     key_file: str | None = None
     """File with the key that requests carry; servers that others can reach need one."""
+    placement: str = "separate"
+    """Of writers. separate: GPUs of their own; colocated: the trainer's, whose memory they give up while it trains"""
+    transport: str = "disk"
+    """How weights reach writers: disk (a folder), nccl (broadcast to other GPUs), ipc (from the same GPUs) or gloo
+    (broadcast, where there is no GPU)"""
     weights_dir: str | None = None
-    """Folder through which weights go, the same for all servers and the run: shared memory on one node, a shared file
-    system beyond; null: one in shared memory, for servers of our own."""
+    """Folder through which weights go with transport disk, the same for all servers and the run: shared memory on one
+    node, a shared file system beyond; null: one in shared memory, for servers of our own."""
     start_seconds: float = 600.0
     """In which servers of our own must listen."""
     load_seconds: float = 600.0

@@ -27,7 +27,7 @@ from torch import Tensor
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
 from nemo_opd.config import Config, NoReward, RolloutConfig
 from nemo_opd.diagnosis.diagnosis import Diagnosis
-from nemo_opd.engines.protocols import Generator, Place, Scorer, Trainer
+from nemo_opd.engines.protocols import Generator, Place, Resting, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.losses.base import DistillationLoss
 from nemo_opd.observe.clock import Clock
@@ -146,6 +146,8 @@ def one_step(run: Run) -> StepReport | None:
             return None  # the stream's position in the run's state is still the one before this step
         rollouts, passed_over = drawn
         check_versions(rollouts, run.state.step, oldest(run.config.rollout))
+        if isinstance(run.generator, Resting):
+            run.generator.rest()
     with clock.section("context"):
         contexts = run.context.context_ids(rollouts)
     with clock.section("stop"):
@@ -164,9 +166,11 @@ def one_step(run: Run) -> StepReport | None:
     run.state.step += 1
     run.state.prompts = run.ahead.position
     stopped = run.stop_rule.end_step()
+    moved: dict[str, float] = {}
     if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
         with clock.section("refit"):
             refit_generator(run)
+            moved["refit/bytes"] = float(run.weights.nbytes if run.weights else 0)
     with clock.section("record"):
         record_rollouts(run, rollouts, batch, stats)
     with clock.section("measure"):
@@ -182,6 +186,7 @@ def one_step(run: Run) -> StepReport | None:
         **(run.routing.metrics(rollouts) if run.routing else {}),
         **token_metrics(run.state, rollouts, passed_over, contexts, trained, stopped.discarded),
         **stopped.metrics,
+        **moved,
         "optimizer/grad_norm": stats.grad_norm,
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),

@@ -38,6 +38,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.engine": ("megatron", "hf", "vllm", "none"),
     "teacher.source": ("external", "current", "frozen", "ema"),
     "rollout.engine": ("hf", "vllm"),
+    "rollout.servers.placement": ("separate", "colocated"),
+    "rollout.servers.transport": ("disk", "nccl", "ipc", "gloo"),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
     "data.on_malformed": ("error", "skip"),
     "verify.name": ("none", "exact", "integer", "math", "choice", "tool_call", "code"),

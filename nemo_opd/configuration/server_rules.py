@@ -40,11 +40,25 @@ def _writers(config: Config) -> None:
     if config.rollout.dtype == "float64":
         raise ConfigError("rollout.dtype", "float64", "bfloat16 or float32 with engine vllm", "choose one of these")
     servers = config.rollout.servers
-    if servers.urls is not None and servers.weights_dir is None:
+    _transport(servers)
+    if servers.urls is not None and servers.weights_dir is None and servers.transport == "disk":
         way_out = "set it to what the servers were started with"
         expected = "the folder that these servers read weights from"
         raise ConfigError("rollout.servers.weights_dir", "nothing", expected, way_out)
     _reachable("rollout.servers", servers)
+
+
+def _transport(servers: ServersConfig) -> None:
+    key, colocated = "rollout.servers", servers.placement == "colocated"
+    if servers.transport == "ipc" and not colocated:
+        expected = "colocated with transport ipc, by which servers read the memory of the trainer's own GPUs"
+        raise ConfigError(f"{key}.placement", servers.placement, expected, "set it, or choose transport nccl or disk")
+    if servers.transport == "nccl" and colocated:
+        expected = "ipc or disk with placement colocated, as NCCL does not join two processes on one GPU"
+        raise ConfigError(f"{key}.transport", servers.transport, expected, "choose one of these, or placement separate")
+    if servers.transport != "disk" and servers.weights_dir is not None:
+        expected = f"nothing with transport {servers.transport}, which needs no folder"
+        raise ConfigError(f"{key}.weights_dir", servers.weights_dir, expected, "leave it out")
 
 
 def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
@@ -70,6 +84,10 @@ def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
     if teacher.servers.weights_dir is not None:
         expected = "nothing, as a teacher takes no weights from the run"
         raise ConfigError(f"{key}.servers.weights_dir", teacher.servers.weights_dir, expected, "leave it out")
+    for name in ("placement", "transport"):
+        if (got := getattr(teacher.servers, name)) != getattr(ServersConfig(), name):
+            expected = "nothing, as it is about servers that write"
+            raise ConfigError(f"{key}.servers.{name}", got, expected, "leave it out")
     _reachable(f"{key}.servers", teacher.servers)
 
 

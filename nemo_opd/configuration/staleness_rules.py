@@ -14,6 +14,10 @@ def staleness_rules(config: Config) -> None:
     if config.rollout.engine != "vllm":
         expected = f"0 with engine {config.rollout.engine}, which writes and trains in the same processes by turns"
         raise ConfigError("rollout.staleness", got, expected, "set rollout.engine=vllm, or leave staleness out")
+    if config.rollout.servers.placement == "colocated":
+        expected = "0 with placement colocated, where writing and training take turns on the same GPUs"
+        way_out = "set rollout.servers.placement=separate, or leave staleness out"
+        raise ConfigError("rollout.staleness", got, expected, way_out)
     if isinstance(config.prefix, DatasetPrefix):
         raise ConfigError("rollout.staleness", got, "0, as the data set wrote the responses", "leave it out")
     if isinstance(config.prefix, TeacherPrefix):

@@ -95,6 +95,14 @@ class Generator(Protocol):
 
 
 @runtime_checkable
+class Resting(Protocol):
+    """A generator that shares the trainer's memory."""
+
+    def rest(self) -> None:
+        """Give it up until the next call. No rollout is under way, on any process."""
+
+
+@runtime_checkable
 class Scorer(Protocol):
     """A teacher. What it says may change between steps (a teacher that follows the student), never within one."""
 

@@ -80,6 +80,11 @@ class Manifest:
             raise ValueError(f"manifest: got {len(tensors)} tensors, some with the same name; expected unique names")
         return cls(version, tensors)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(spec.meta().nbytes for spec in self.tensors)
+
     def to_json(self) -> str:
         rows = [[spec.name, list(spec.shape), spec.dtype] for spec in self.tensors]
         return json.dumps({"version": self.version, "tensors": rows})

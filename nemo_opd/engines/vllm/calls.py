@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from nemo_opd.engines.vllm.client import SILENCE_SECONDS, Client
 from nemo_opd.engines.vllm.pool import Pool, Return
-from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit
+from nemo_opd.engines.vllm.settings import DISK
+from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit, Sleep
 from nemo_opd.types import StopRequested
 
 Result = TypeVar("Result")
@@ -33,6 +34,10 @@ class Servers:
     weights_dir: Path
     """Where sets of weights are written: the writers' own `weights_dir`, as this process sees it."""
     key: str | None = None
+    transport: str = DISK
+    """How weights reach them; see `transport`."""
+    sleep: bool = False
+    """They share the trainer's GPUs, and give the memory up while it trains."""
     slots: int = 64
     """Requests that one server is given at a time."""
     stuck_seconds: float = 300.0
@@ -72,11 +77,36 @@ class Calls:
         for url, server in zip(self._servers.urls, found, strict=True):
             if server.role != role:
                 raise ValueError(f"server {url}: got a {server.role}; expected a {role}; name another, or start one")
+            if server.transport != self._servers.transport:
+                raise ValueError(
+                    f"server {url}: got one that takes weights by {server.transport}; expected "
+                    f"{self._servers.transport}; set rollout.servers.transport={server.transport}, or start another"
+                )
         return dict(zip(self._servers.urls, found, strict=True))
 
     def take(self, message: Refit, attach: Attach) -> None:
         """See `Pool.take`."""
         self._run(self._pool.take(message, attach, self._servers.load_seconds))
+
+    def recover(self, attach: Attach) -> None:
+        """See `Pool.recover`."""
+        self._run(self._pool.recover(attach, self._servers.load_seconds))
+
+    def alive(self) -> tuple[str, ...]:
+        """Addresses of the servers that are not lost."""
+        return tuple(client.url for client in self._pool.alive)
+
+    def workers(self) -> list[int]:
+        """Workers of each server that is not lost, in the order of `alive`."""
+        return [self._pool.known(client).workers for client in self._pool.alive]
+
+    def transfer(self, session: str, version: int, action: str, infos: Sequence[Mapping[str, Any]] | None) -> None:
+        """See `Pool.transfer`."""
+        self._run(self._pool.transfer(session, version, action, infos, self._servers.load_seconds))
+
+    def sleep(self, session: str) -> None:
+        """See `Pool.sleep`."""
+        self._run(self._pool.sleep(Sleep(session), self._servers.load_seconds))
 
     def ask(self, form: Form, stop: StopRequested = lambda: False) -> Iterator[Line]:
         """See `Pool.ask`: the lines until all is answered or a stop is requested; leaving early drops the rest."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, Form, Refit
+from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Attached, Form, Refit, Sleep, Transfer
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30 * BEAT_SECONDS
@@ -49,6 +49,12 @@ class Client:
 
     async def refit(self, message: Refit, seconds: float) -> None:
         await self._ask("/refit", message.to_dict(), seconds)
+
+    async def transfer(self, message: Transfer, seconds: float) -> None:
+        await self._ask("/transfer", message.to_dict(), seconds)
+
+    async def sleep(self, message: Sleep, seconds: float) -> None:
+        await self._ask("/sleep", message.to_dict(), seconds)
 
     async def health(self) -> dict[str, Any]:
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
@@ -25,7 +26,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from nemo_opd.engines.vllm.sampler import SeededSampler
-from nemo_opd.engines.vllm.settings import WRITER, ServerSettings
+from nemo_opd.engines.vllm.settings import DISK, WRITER, ServerSettings
 from nemo_opd.engines.vllm.wire import EngineFailed
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,11 @@ def make_engine(settings: ServerSettings) -> LLMEngine:
 
 
 def _writer_arguments(settings: ServerSettings) -> dict[str, Any]:
-    return {
+    arguments: dict[str, Any] = {"worker_extension_cls": "nemo_opd.engines.vllm.receiver.ReceivingWorker"}
+    if settings.transport != DISK:
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=settings.transport)
+    return arguments | {
+        "enable_sleep_mode": settings.sleeps and _has_gpu(),
         "max_model_len": settings.max_positions,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logits",
@@ -126,6 +131,9 @@ class EngineThread:
         self.steps = 0
         """Turns of the loop so far: a server whose turns stop while it has work hangs."""
         self.failure: BaseException | None = None
+        self.held = False
+        """No step is made: weights are on their way, and those of the model are neither old nor new. Set in the
+        engine's thread (`between_steps`)."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -179,7 +187,7 @@ class EngineThread:
 
     def _turn(self) -> bool:
         """Do what was asked for, then one step; False when the thread shall end."""
-        wait = not self._jobs
+        wait = self.held or not self._jobs
         while True:
             try:
                 action = self._inbox.get(block=wait, timeout=_IDLE_SECONDS if wait else None)
@@ -189,7 +197,7 @@ class EngineThread:
                 return False
             action()
             wait = False
-        if self._engine.has_unfinished_requests():
+        if self._engine.has_unfinished_requests() and not self.held:
             for output in self._engine.step():
                 assert isinstance(output, RequestOutput)
                 if output.finished and (job := self._jobs.pop(output.request_id, None)) is not None:

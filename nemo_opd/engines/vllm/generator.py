@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +21,10 @@ from nemo_opd.engines.generation import Finished, check_generate_request, is_ove
 from nemo_opd.engines.protocols import NamedTensor
 from nemo_opd.engines.vllm.calls import Calls, Servers
 from nemo_opd.engines.vllm.settings import WRITER
-from nemo_opd.engines.vllm.wire import Attach, BadMessage, Generate, Refit, WireRequest, WireSampling, Written
-from nemo_opd.refit.folder import tensor_shapes, write_folder
+from nemo_opd.engines.vllm.transport import transport_of
+from nemo_opd.engines.vllm.wire import Attach, BadMessage, Generate, WireRequest, WireSampling, Written
+from nemo_opd.processes import Processes
+from nemo_opd.refit.folder import tensor_shapes
 from nemo_opd.refit.manifest import WeightCheck
 from nemo_opd.types import GenerateRequest, Rollout, Sampling, StopRequested
 from nemo_opd.vocab.sampling import check_sampling
@@ -47,6 +47,7 @@ class VLLMGenerator:
         model: Path,
         *,
         is_first: bool = True,
+        rank: int | None = None,
         eos_ids: Sequence[int] = (),
         decode: Callable[[Tensor], str] | None = None,
         read_weights: bool = True,
@@ -56,6 +57,7 @@ class VLLMGenerator:
         Args:
             model: the student's folder; its tensors are those that every set of weights must have.
             is_first: of the processes that share the session.
+            rank: of this process among them; None: this process's.
             eos_ids, decode: as in the `hf` generator.
             read_weights: the servers write with the weights of their own folder until the first `load_weights`;
                 otherwise they refuse until then.
@@ -69,7 +71,6 @@ class VLLMGenerator:
         self._eos_ids, self._decode = tuple(eos_ids), decode
         self._end_servers = end_servers
         self._refusal = "" if read_weights else "it has no weights yet"
-        self._folder: Path | None = None
         self.version = -1
         self._newest = -1
         """Versions up to this one may come back: a server has the next one before all of them do."""
@@ -77,6 +78,7 @@ class VLLMGenerator:
         self.refit_bytes, self.refit_seconds = 0, 0.0
         """Of the last set of weights that this process moved."""
         self._calls: Calls | None = Calls(servers)
+        self._transport = transport_of(self._calls, servers, Processes.current().rank if rank is None else rank)
         if is_first:
             self._attach(self._calls, Attach(servers.session, reload=read_weights))
 
@@ -148,28 +150,36 @@ class VLLMGenerator:
         return Finished(request, ids, torch.tensor([*[float("nan")] * prefix, *written.logprobs]), versions)
 
     def load_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
-        """Write `weights` into a folder and have every server take them; the first process does, the others look on.
+        """Have every server take `weights`, in the way of `Servers.transport`: the first process does, the others look
+        on (ipc: all do).
 
         Servers hold the old version, or the new one, and write nothing in between. One that does not take the new one
         is left out; when none does, or the stream is wrong, this generator refuses to generate until a complete load.
 
         Raises: ValueError when the version does not grow (nothing is touched then) or a tensor is missing, unknown,
-        doubled or of another shape; ServerGone or ServerRefused when no server took them; OSError where the folder
-        cannot be written; and whatever `weights` raises.
+        doubled or of another shape; ServerGone or ServerRefused when no server took them, or, but for `disk`, when one
+        failed on the way; OSError where a folder cannot be written; and whatever `weights` raises.
         """
-        calls = self._open("load_weights")
+        self._open("load_weights")
         if version <= self.version:
             raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
         with self._changing:
             self._refusal = f"the load of policy version {version} did not complete"
             self._newest = version
             checked = self._checked(weights)
-            if self._is_first:
-                self._move(calls, checked, version)
+            if self._is_first or self._transport.collective:
+                self._move(checked, version)
             else:
                 for _ in checked:
                     pass
             self.version, self._refusal = version, ""
+
+    def _move(self, weights: Iterable[NamedTensor], version: int) -> None:
+        if self._servers.sleep and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the servers are about to need it
+        begin = time.monotonic()
+        self.refit_bytes = self._transport.move(weights, version)
+        self.refit_seconds = time.monotonic() - begin
 
     def _checked(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """A tied output layer may come, equal to the embedding; the servers do not need it."""
@@ -181,30 +191,19 @@ class VLLMGenerator:
             yield name, tensor
         check.finish()
 
-    def _move(self, calls: Calls, weights: Iterable[NamedTensor], version: int) -> None:
-        begin, servers = time.monotonic(), self._servers
-        folder = servers.weights_dir / f"version-{version}-{secrets.token_hex(4)}"
-        try:
-            size = write_folder(weights, folder, version)
-            message = Refit(servers.session, version, folder.name)
-            calls.take(message, Attach(servers.session, reload=False))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = folder  # kept: a server that comes back takes these
-        self.refit_bytes, self.refit_seconds = size, time.monotonic() - begin
-        log.debug("servers hold policy version %d: %d bytes in %.2f s", version, size, self.refit_seconds)
+    def rest(self) -> None:
+        """Nothing is asked of the servers for a while: those that share the trainer's GPUs give their memory up, until
+        the next call."""
+        calls = self._open("rest")
+        if self._servers.sleep and self._is_first:
+            calls.sleep(self._servers.session)
 
     def close(self) -> None:
         """Let go of the servers. Idempotent."""
         if self._calls is not None:
+            self._transport.close()
             self._calls.close()
             self._calls = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
         if self._end_servers is not None:
             self._end_servers()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_opd.engines.vllm.client import CONNECT_SECONDS, Client, ServerGone, ServerRefused
-from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit
+from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit, Sleep, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,54 @@ class Pool:
             del self._lost[client]
             log.info("%s is back, with policy version %d", client.url, message.version)
         return None
+
+    async def recover(self, attach: Attach, seconds: float) -> None:
+        """Attach those that were lost and are there again; they have no weights of the session yet."""
+        lost = list(self._lost)
+        found = await asyncio.gather(*(self._attached(client, attach, seconds) for client in lost))
+        for client, answer in zip(lost, found, strict=True):
+            if answer is not None:
+                del self._lost[client]
+                self._known[client] = answer
+                log.info("%s is back", client.url)
+
+    async def _attached(self, client: Client, attach: Attach, seconds: float) -> Attached | None:
+        try:
+            return await client.attach(attach, seconds)
+        except (ServerGone, ServerRefused):
+            return None
+
+    def known(self, client: Client) -> Attached:
+        """What it said when it was attached."""
+        return self._known[client]
+
+    async def transfer(
+        self, session: str, version: int, action: str, infos: Sequence[Mapping[str, Any]] | None, seconds: float
+    ) -> None:
+        """A step of a transfer on every server that is alive. `infos`: one of each of them, or one for all.
+
+        Raises ServerGone, ServerRefused for the first that did not take it; those are lost.
+        """
+        alive = self.alive
+        every = infos if infos is not None and len(infos) == len(alive) else list(infos or [{}]) * len(alive)
+        messages = [Transfer(session, version, action, info) for info in every]
+        calls = (client.transfer(message, seconds) for client, message in zip(alive, messages, strict=True))
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        self._lose_failed(alive, found)
+
+    async def sleep(self, message: Sleep, seconds: float) -> None:
+        """Every server that is alive gives its memory up. Raises as `transfer`."""
+        alive = self.alive
+        found = await asyncio.gather(*(client.sleep(message, seconds) for client in alive), return_exceptions=True)
+        self._lose_failed(alive, found)
+
+    def _lose_failed(self, clients: Sequence[Client], found: Sequence[BaseException | None]) -> None:
+        failed = [(client, error) for client, error in zip(clients, found, strict=True) if error is not None]
+        for client, error in failed:
+            log.error("a server is left out: %s", error)
+            self._lose(client)
+        if failed:
+            raise failed[0][1]
 
     async def ask(self, form: Form, tell: Tell) -> None:
         """Every request of `form` is answered once, in the order in which they finish. Cancelling it makes the servers

@@ -59,6 +59,8 @@ class RunServers:
             tensor_parallel_size=settings.tensor_parallel_size,
             memory_share=settings.memory_share,
             cpu_cache_gib=settings.cpu_cache_gib,
+            transport=settings.transport,
+            sleeps=settings.placement == "colocated",
         )
         for number in range(settings.count):
             devices = devices_of(settings.devices, number, settings.tensor_parallel_size)
@@ -84,6 +86,8 @@ class RunServers:
             session=session,
             weights_dir=Path(weights_dir),
             key=read_key(settings.key_file),
+            transport=settings.transport,
+            sleep=settings.placement == "colocated",
             slots=self._slots,
             stuck_seconds=settings.stuck_seconds,
             load_seconds=settings.load_seconds,

@@ -49,6 +49,8 @@ class Served:
             positions=config.max_model_len,
             max_running=self.settings.max_running,
             vllm=vllm,
+            transport=self.settings.transport,
+            workers=self.settings.tensor_parallel_size,
         )
 
     async def _stream(

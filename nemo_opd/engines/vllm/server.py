@@ -29,7 +29,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
-from nemo_opd.engines.vllm.wire import Attach, BadMessage, EngineFailed, Form, Generate, Refit, Refused, Score
+from nemo_opd.engines.vllm.wire import (
+    Attach,
+    BadMessage,
+    EngineFailed,
+    Form,
+    Generate,
+    Refit,
+    Refused,
+    Score,
+    Sleep,
+    Transfer,
+)
 from nemo_opd.reliability.child import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -89,6 +100,15 @@ def application(served: Any, key: str | None) -> Starlette:
         await served.refit(message)
         return JSONResponse({"version": message.version})
 
+    async def transfer(request: Request) -> Response:
+        message = Transfer.read(await _body(request))
+        await served.transfer(message)
+        return JSONResponse({"version": message.version})
+
+    async def sleep(request: Request) -> Response:
+        await served.sleep(Sleep.read(await _body(request)))
+        return JSONResponse({})
+
     def streaming(form: type[Form], call: Callable[[Any], AsyncGenerator[Mapping[str, Any], None]]) -> Handler:
         async def handle(request: Request) -> Response:
             lines = call(form.read(await _body(request)))
@@ -100,6 +120,7 @@ def application(served: Any, key: str | None) -> Starlette:
     handlers: dict[str, Handler] = {"/attach": attach}
     if served.settings.role == WRITER:
         handlers |= {Generate.path: streaming(Generate, served.generate), "/refit": refit}
+        handlers |= {"/transfer": transfer, "/sleep": sleep}
     else:
         handlers |= {Score.path: streaming(Score, served.score)}
     posts = [route(path, "POST", handler) for path, handler in handlers.items()]

@@ -14,6 +14,11 @@ TEACHER = "teacher"
 ROLES = (WRITER, TEACHER)
 """A writer draws tokens and takes new weights; a teacher scores."""
 
+DISK = "disk"
+TRANSPORTS = (DISK, "nccl", "ipc", "gloo")
+"""How a writer takes weights: from a folder, or by a weight-transfer engine of vLLM's kind. nccl and ipc are vLLM's own
+and need GPUs (ipc: the trainer's); gloo is ours, for CPUs."""
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -40,6 +45,10 @@ class ServerSettings:
     """Positions that a teacher computes at a time; None: vLLM's choice."""
     scored_ids: int | None = None
     """A teacher's probabilities are about the ids below this, the student's; None: all that the model knows."""
+    transport: str = DISK
+    """How a writer takes weights: one of `TRANSPORTS`."""
+    sleeps: bool = False
+    """The writer can give a GPU's memory up between two calls (vLLM's sleep mode)."""
     tensor_parallel_size: int = 1
     memory_share: float = 0.9
     """Of a GPU's memory."""
@@ -65,6 +74,8 @@ class ServerSettings:
         settings = cls(**values)
         if settings.role not in ROLES:
             raise ValueError(f"server settings: got the role {settings.role}; expected one of {', '.join(ROLES)}")
+        if settings.transport not in TRANSPORTS:
+            raise ValueError(f"server settings: got transport {settings.transport}; expected {', '.join(TRANSPORTS)}")
         if settings.host not in LOOPBACK and settings.key_file is None:
             raise ValueError(
                 f"server settings: got host {settings.host} without a key; expected the loopback address, or a key_file"

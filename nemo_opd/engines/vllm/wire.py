@@ -4,9 +4,11 @@
     GET  /health                                                        -> {status, steps, running, ...}
     POST /generate  {session, sampling, eos_ids, requests: [...]}       -> a line for each response, as it finishes
     POST /refit     {session, version, name}                            -> {version}
+    POST /transfer  {session, version, action, info}                    -> {version}
+    POST /sleep     {session}                                           -> {}
     POST /score     {need, k, requests: [...]}                          -> a line for each response, as it finishes
 
-The last is of teachers alone, the two before it are of writers alone.
+The last is of teachers alone, the four before it are of writers alone.
 
 A *session* is one attempt of one run. Who attaches last has the writer: requests of an earlier session are refused
 (409), so that a trainer which was given up for dead cannot change the weights under its successor. A teacher has
@@ -80,6 +82,8 @@ def _checked(cls: type, name: str, hint: object, value: object) -> Any:
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise BadMessage(f"{where}: got {str(value)[:80]}; expected a list of whole numbers")
         return tuple(value)
+    if hint == Mapping[str, Any] and not isinstance(value, dict):
+        raise BadMessage(f"{where}: got {str(value)[:80]}; expected an object")
     if hint in (int, float, bool, str) and not (type(value) is hint or (hint is float and type(value) is int)):
         raise BadMessage(f"{where}: got {str(value)[:80]!r}; expected {hint}")
     return value
@@ -112,6 +116,10 @@ class Attached(_Message):
     """Longest sequence, prompt included."""
     max_running: int
     vllm: str
+    transport: str = "disk"
+    """How a writer takes weights."""
+    workers: int = 1
+    """Processes of its engine."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,30 @@ class Refit(_Message):
     version: int
     name: str
     """Of the folder below the server's weights_dir."""
+
+
+CONNECT, START, UPDATE, FINISH = TRANSFERS = ("connect", "start", "update", "finish")
+"""Steps of a transfer of weights straight from the trainer: once, then three of them for each set."""
+
+
+@dataclass(frozen=True)
+class Transfer(_Message):
+    """A step of a transfer."""
+
+    session: str
+    version: int
+    """Of the weights; of no meaning when connecting."""
+    action: str
+    """One of `TRANSFERS`."""
+    info: Mapping[str, Any]
+    """What vLLM's weight-transfer engine wants to know; see `handles`."""
+
+
+@dataclass(frozen=True)
+class Sleep(_Message):
+    """Give the GPU's memory to somebody else; the next request or weights wake the server."""
+
+    session: str
 
 
 NEEDS = {"sampled": Need.SAMPLED, "at_ids": Need.AT_IDS, "top_k": Need.TOP_K}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,24 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from nemo_opd.engines.vllm.engine import EngineThread
+from nemo_opd.engines.vllm.receiver import Receiver
 from nemo_opd.engines.vllm.sampler import NOT_FINITE, draw_arguments
 from nemo_opd.engines.vllm.served import Line, Served
-from nemo_opd.engines.vllm.settings import ServerSettings
-from nemo_opd.engines.vllm.wire import BEAT_SECONDS, Attach, Generate, Refit, Refused, WireRequest, Written
+from nemo_opd.engines.vllm.settings import DISK, ServerSettings
+from nemo_opd.engines.vllm.wire import (
+    BEAT_SECONDS,
+    CONNECT,
+    FINISH,
+    START,
+    Attach,
+    Generate,
+    Refit,
+    Refused,
+    Sleep,
+    Transfer,
+    WireRequest,
+    Written,
+)
 from nemo_opd.refit.folder import check_folder, tensor_shapes
 from nemo_opd.types import Sampling
 
@@ -39,6 +53,8 @@ class Writer(Served):
         self._changing = asyncio.Lock()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._receiver = Receiver(engine)
+        self._asleep = False
 
     def health(self) -> dict[str, Any]:
         health = super().health()
@@ -50,6 +66,10 @@ class Writer(Served):
         async with self._changing:
             self.session, self.version = message.session, -1
             await self._between_steps(lambda engine: self.engine.drop_all())
+            if self.settings.transport != DISK:
+                await self._between_steps(self._receiver.forget)
+                self._settled.set()
+            await self._wake()
             if self._own_weights:
                 self.refusal = ""
             elif message.reload:
@@ -75,6 +95,8 @@ class Writer(Served):
             if not _NAME.fullmatch(message.name):
                 raise Refused(400, f"name: got {message.name[:100]!r}; expected the name of a folder")
             folder = Path(self.settings.weights_dir) / message.name
+            if self.settings.transport != DISK:
+                raise Refused(409, f"it takes weights by {self.settings.transport}, not from a folder")
             if folder.is_symlink():
                 raise Refused(400, f"{message.name}: got a link; expected a folder")
             try:
@@ -86,6 +108,63 @@ class Writer(Served):
             await self._load(folder, message.version)
             self._own_weights = False
 
+    async def transfer(self, message: Transfer) -> None:
+        """A step of a transfer from the trainer. Raises Refused: 409 for another session or a version that does not
+        grow, BadMessage for a step that is not the next. When one fails the server refuses to write until a complete
+        set."""
+        async with self._changing:
+            self.check_session(message.session)
+            if self.settings.transport == DISK:
+                raise Refused(409, "it takes weights from a folder")
+            self._receiver.check(message.action)
+            if message.action == START:
+                if message.version <= self.version:
+                    raise Refused(409, f"policy version: got {message.version} after {self.version}; expected a larger")
+                await self._wake()
+            if message.action != CONNECT:
+                self.refusal = f"the load of policy version {message.version} did not complete"
+                self._settled.clear()
+
+            def step(engine: LLMEngine) -> None:
+                with self._whole_or_nothing():
+                    self._receiver.do(engine, message.action, message.info)
+                    if message.action == FINISH:
+                        _begin_version(engine, message.version)
+                        self.engine.held = False
+
+            try:
+                await self._between_steps(step)
+            except BaseException:
+                self._settled.set()
+                raise
+            if message.action == FINISH:
+                self.version, self.refusal, self._own_weights = message.version, "", False
+                self._settled.set()
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """What fails in here leaves weights of which nobody knows what they are: nothing more is written with them. In
+        the engine's thread."""
+        try:
+            yield
+        except BaseException:
+            self.engine.drop_all()
+            self.engine.held = False
+            raise
+
+    async def sleep(self, message: Sleep) -> None:
+        """Give up the GPU's memory; weights wait in the CPU's. The next request or set of weights wakes the server."""
+        async with self._changing:
+            self.check_session(message.session)
+            if self.settings.sleeps and not self._asleep:
+                await self._between_steps(lambda engine: engine.sleep(level=1))
+                self._asleep = True
+
+    async def _wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            await self._between_steps(lambda engine: engine.wake_up())  # before whatever is asked of the engine next
+
     async def _load(self, folder: Path, version: int) -> None:
         """Replace the weights between two steps. Requests that are being written are computed again with the new ones
         (their tokens stay), so that no key or value of the old weights is used for a token of the new. When it fails
@@ -93,14 +172,9 @@ class Writer(Served):
         self.refusal = f"the load of policy version {version} did not complete"
 
         def load(engine: LLMEngine) -> None:
-            try:
+            with self._whole_or_nothing():
                 engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-                if not engine.reset_prefix_cache(reset_running_requests=True):
-                    raise RuntimeError("keys and values of the old weights could not be dropped")
-                engine.set_weight_version(str(version))
-            except BaseException:
-                self.engine.drop_all()
-                raise
+                _begin_version(engine, version)
 
         self._settled.clear()
         try:
@@ -126,6 +200,7 @@ class Writer(Served):
             return  # too late to refuse
         if self.refusal:
             raise Refused(503, f"refuses to write: {self.refusal}")
+        await self._wake()
         asked = [(r.key, [*r.prompt, *r.prefix], _parameters(r, message)) for r in message.requests]
         async with aclosing(self._stream(asked, _written)) as lines:
             async for line in lines:
@@ -145,6 +220,12 @@ def _parameters(request: WireRequest, message: Generate) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=draw_arguments(sampling, request.seed, len(request.prefix)),
     )
+
+
+def _begin_version(engine: LLMEngine, version: int) -> None:
+    if not engine.reset_prefix_cache(reset_running_requests=True):
+        raise RuntimeError("keys and values of the old weights could not be dropped")
+    engine.set_weight_version(str(version))
 
 
 def _written(key: int, answer: RequestOutput) -> Written:

@@ -28,6 +28,7 @@ class Bad:
 
 
 SERVED = ("teacher.engine=vllm", "teacher.servers.urls=http://node1:8000")
+STANDING = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1")
 AHEAD = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1", "rollout.servers.weights_dir=/w",
          "rollout.staleness=2")  # fmt: skip
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
@@ -197,6 +198,21 @@ CASES = [
         (*SERVED, "loss=k2", "stop=kat", "stop.divergence=full", "stop.window=8", "stop.stride=8")),
     Bad("servers_of_no_teacher", "teacher.servers: got settings; expected none with engine megatron; set "
         "teacher.engine=vllm, or leave teacher.servers out", ("teacher.servers.count=2",)),
+    Bad("ipc_between_gpus", "rollout.servers.placement: got separate; expected colocated with transport ipc, by which "
+        "servers read the memory of the trainer's own GPUs; set it, or choose transport nccl or disk",
+        (*STANDING, "rollout.servers.transport=ipc")),
+    Bad("nccl_on_one_gpu", "rollout.servers.transport: got nccl; expected ipc or disk with placement colocated, as NCCL "
+        "does not join two processes on one GPU; choose one of these, or placement separate",
+        (*STANDING, "rollout.servers.transport=nccl", "rollout.servers.placement=colocated")),
+    Bad("weights_dir_of_no_use", "rollout.servers.weights_dir: got w; expected nothing with transport gloo, which needs "
+        "no folder; leave it out", (*STANDING, "rollout.servers.transport=gloo", "rollout.servers.weights_dir=w")),
+    Bad("unknown_transport", "rollout.servers.transport: got http; expected one of disk, nccl, ipc, gloo",
+        (*STANDING, "rollout.servers.transport=http")),
+    Bad("ahead_on_the_same_gpus", "rollout.staleness: got 1; expected 0 with placement colocated, where writing and "
+        "training take turns on the same GPUs; set rollout.servers.placement=separate, or leave staleness out",
+        (*STANDING, "rollout.servers.weights_dir=w", "rollout.servers.placement=colocated", "rollout.staleness=1")),
+    Bad("sleeping_teacher", "teacher.servers.placement: got colocated; expected nothing, as it is about servers that "
+        "write; leave it out", (*SERVED, "loss=k2", "teacher.servers.placement=colocated")),
     Bad("weights_for_a_teacher", "teacher.servers.weights_dir: got weights; expected nothing, as a teacher takes no "
         "weights from the run; leave it out", (*SERVED, "loss=k2", "teacher.servers.weights_dir=weights")),
     Bad("address_that_is_none", "teacher.servers.urls: got node1:8000; expected addresses as in http://node1:8000,",
