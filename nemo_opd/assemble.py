@@ -34,7 +34,7 @@ from nemo_opd.engines.megatron.model import dtype_of
 from nemo_opd.engines.megatron.scorer import MegatronScorer
 from nemo_opd.engines.megatron.trainer import MegatronTrainer, TeacherOutput
 from nemo_opd.engines.megatron.weights import load_output_weight, save_hf_checkpoint
-from nemo_opd.engines.protocols import Generator, Scorer
+from nemo_opd.engines.protocols import EarlyScorer, Generator, Scorer
 from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.engines.vllm.run_servers import RunServers, teacher_servers, writer_servers
 from nemo_opd.engines.vllm.scorer import VLLMScorer
@@ -47,6 +47,7 @@ from nemo_opd.processes import Processes
 from nemo_opd.prompts.stream import PromptStream, first_prompts
 from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.rollout.prefix import MixedSource, PrefixSchedule, TeacherPrefixSource
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
@@ -55,9 +56,10 @@ from nemo_opd.stop.build import build_stop
 from nemo_opd.stop.divergence import FullDivergence, Measure, TailDivergence
 from nemo_opd.teacher.base import WithBase
 from nemo_opd.teacher.build import build_context
-from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.teacher.contexts import Reads, TeacherContext
+from nemo_opd.teacher.early import EarlyScores
 from nemo_opd.teacher.several import MixedScorer, RoutedContext, RoutedScorer, Routing
-from nemo_opd.types import Need, Sampling
+from nemo_opd.types import Need, Sampling, TeacherNeeds
 from nemo_opd.verify.build import build_verifier
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         stop_rule=stop_rule,
         routing=routing,
         scorer=scorer,
+        early=build_early(config, scorer, loss.needs, context, routing, stop_rule),
         loss=loss,
         trainer=trainer,
         generator=generator,
@@ -255,6 +258,23 @@ def build_external_scorer(
         servers = servers or teacher_servers(config, "teacher", Processes.current())
         return VLLMScorer(servers.servers(), vocab_size, model=model, end_servers=servers.close)
     return HFScorer(model, dtype=teacher.dtype, micro_batch_tokens=teacher.micro_batch_tokens, vocab_size=vocab_size)
+
+
+def build_early(
+    config: Config,
+    scorer: Scorer | None,
+    needs: TeacherNeeds,
+    context: TeacherContext,
+    routing: Routing | None,
+    stop_rule: StopRule,
+) -> EarlyScores | None:
+    """Where a teacher is on servers and it is known what it will be asked before all rollouts are there: no other
+    prompt's rollouts in its context, none cut or passed over afterwards."""
+    served = any(teacher.engine == "vllm" for teacher in config.every_teacher().values())
+    sure = isinstance(stop_rule, NoStop) and context.reads is not Reads.STEP and not redraws_of(config.reward)
+    if not (served and sure and isinstance(scorer, EarlyScorer)):
+        return None
+    return EarlyScores(scorer, needs, context, routing, config.rollout.samples_per_prompt)
 
 
 def build_teacher_context(config: Config, routing: Routing | None) -> TeacherContext:

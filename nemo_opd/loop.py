@@ -46,6 +46,7 @@ from nemo_opd.rollout.exchange import gather_rollouts
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
 from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.teacher.early import EarlyScores
 from nemo_opd.teacher.several import Routing
 from nemo_opd.types import (
     Need,
@@ -84,6 +85,8 @@ class Run:
     routing: Routing | None
     """Which of several teachers scores a rollout; None where all are scored alike."""
     scorer: Scorer | None
+    early: EarlyScores | None
+    """Where teachers can be asked about responses while others are still being written."""
     loss: DistillationLoss
     trainer: Trainer
     generator: Generator | None
@@ -240,10 +243,16 @@ def spread(run: Run, rollouts: Sequence[Rollout], advantages: Sequence[float]) -
 
 
 def written(run: Run, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
-    """This rank's share of a step's responses with the verifier's reward, as they finish. In a thread of its own where
-    the step is still ahead."""
+    """This rank's share of a step's responses with the verifier's reward, as they finish; served teachers begin to
+    score them. In a thread of its own where the step is still ahead."""
     mine = [prompts[i] for i in run.processes.share(len(prompts))]
-    for rollout in run.source.rollouts(mine, step, stop_requested):
+    rollouts = verified(run, run.source.rollouts(mine, step, stop_requested))
+    return rollouts if run.early is None else run.early.watched(rollouts)
+
+
+def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
+    """The same rollouts with the verifier's reward."""
+    for rollout in rollouts:
         if run.verifier is not None:
             rollout = replace(rollout, reward=run.verifier(rollout.text, rollout.prompt))
         yield rollout

@@ -115,3 +115,13 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Free what it holds. Idempotent."""
+
+
+@runtime_checkable
+class EarlyScorer(Scorer, Protocol):
+    """A teacher that one rank can ask alone, as it needs none of the run's processes."""
+
+    def begin(self, request: ScoreRequest, needs: TeacherNeeds) -> None:
+        """Start on a response of this rank for which `score` will be called with the same context, response and needs;
+        key and consumers do not matter. From any thread, not collective. It changes no answer, only when it is there.
+        """

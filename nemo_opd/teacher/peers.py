@@ -28,6 +28,7 @@ from functools import partial
 
 from nemo_opd.config import PeersContext
 from nemo_opd.rollout.seeds import derive_seed
+from nemo_opd.teacher.contexts import Reads
 from nemo_opd.teacher.insertion import PARAGRAPH, ContextRenderer, Rendered, fair_shares
 from nemo_opd.types import Rollout
 
@@ -54,6 +55,11 @@ class Peers:
 
     def __init__(self, slot: PeersContext, renderer: ContextRenderer, seed: int) -> None:
         self._slot, self._renderer, self._seed = slot, renderer, seed
+
+    @property
+    def reads(self) -> Reads:
+        """See `TeacherContext.reads`."""
+        return Reads.STEP if self._slot.variant == "unrelated_prompt" else Reads.GROUP
 
     def context_ids(self, rollouts: Sequence[Rollout]) -> list[Ids | None]:
         """See `TeacherContext.context_ids`."""

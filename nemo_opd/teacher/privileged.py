@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from nemo_opd.config import PrivilegedContext
 from nemo_opd.errors import ConfigError
+from nemo_opd.teacher.contexts import Reads
 from nemo_opd.teacher.insertion import ContextRenderer, Rendered
 from nemo_opd.types import Prompt, Rollout
 
@@ -29,6 +30,8 @@ class Privileged:
         renderer: of the teacher, with the slot's place.
         answer_key: `data.answer_key`, whose value a prompt holds apart from its other fields.
     """
+
+    reads = Reads.ITSELF
 
     def __init__(self, slot: PrivilegedContext, renderer: ContextRenderer, answer_key: str) -> None:
         self._slot, self._renderer, self._answer_key = slot, renderer, answer_key

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nemo_opd.engines.protocols import Scorer
+from nemo_opd.engines.protocols import EarlyScorer, Scorer
 from nemo_opd.errors import ConfigError
-from nemo_opd.teacher.contexts import TeacherContext
+from nemo_opd.teacher.contexts import Reads, TeacherContext
 from nemo_opd.types import Need, Rollout, ScoreRequest, TeacherNeeds, TeacherScores
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ class RoutedContext:
     def __init__(self, contexts: Sequence[TeacherContext], routing: Routing) -> None:
         self._contexts, self._routing = contexts, routing
 
+    @property
+    def reads(self) -> Reads:
+        """See `TeacherContext.reads`."""
+        return max(context.reads for context in self._contexts)
+
     def context_ids(self, rollouts: Sequence[Rollout]) -> list[tuple[int, ...] | None]:
         """See `TeacherContext.context_ids`."""
         answers = [context.context_ids(rollouts) for context in self._contexts]
@@ -94,6 +99,12 @@ class RoutedScorer:
             for number, scorer in enumerate(self._scorers)
         ]
         return (answer for part in parts for answer in part)
+
+    def begin(self, request: ScoreRequest, needs: TeacherNeeds) -> None:
+        """See `EarlyScorer.begin`; a teacher that has no such call is left to `score`."""
+        scorer = self._scorers[request.teacher]
+        if isinstance(scorer, EarlyScorer):
+            scorer.begin(request, needs)
 
     def close(self) -> None:
         """See `Scorer.close`."""
@@ -125,6 +136,12 @@ class MixedScorer:
         if needs.need not in (Need.FULL, Need.SAMPLED, Need.NOTHING):
             raise ValueError(f"a mixture of teachers: got {needs.need.name}; expected FULL or SAMPLED")
         return self._answers([scorer.score(requests, needs) for scorer in self._scorers], needs)
+
+    def begin(self, request: ScoreRequest, needs: TeacherNeeds) -> None:
+        """See `EarlyScorer.begin`; teachers that have no such call are left to `score`."""
+        for scorer in self._scorers:
+            if isinstance(scorer, EarlyScorer):
+                scorer.begin(request, needs)
 
     def _answers(self, parts: Sequence[Iterator[TeacherScores]], needs: TeacherNeeds) -> Iterator[TeacherScores]:
         # One teacher after the other: their collectives must not be interleaved, and each answers in its own order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,6 +253,7 @@ def make_run(
         stop_rule=NoStop(),
         routing=None,
         scorer=None,
+        early=None,
         loss=loss,
         trainer=Trainer(),
         generator=generator,
@@ -411,3 +412,91 @@ def test_tokens_older_than_may_be_are_not_trained_on(tmp_path: Path) -> None:
         train(run)
     assert len(trainer.batches) == 2
     assert threads() == []
+
+
+class HeldGenerator:
+    """Writes at once with the weights that it has, but a step of `held` not before it is let go."""
+
+    def __init__(self, held: Sequence[int] = ()) -> None:
+        self.version = -1
+        self.held = {step: threading.Event() for step in held}
+        self.begun: list[int] = []
+        self.finished: list[int] = []
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+    ) -> Iterator[Rollout]:
+        step, version = step_of(requests[0].prompt), self.version
+        self.begun.append(step)
+        while step in self.held and not self.held[step].wait(0.01):
+            if stop_requested():
+                return
+        for request in requests:
+            yield rollout(request, torch.full((LENGTH,), version))
+        self.finished.append(step)
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        list(weights)
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+def with_generator(run: Run, generator: Any) -> Run:
+    return replace(run, generator=generator, source=StudentSource(generator, Sampling(LENGTH), SAMPLES, seed=0))
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_a_slow_trainer_holds_the_writers_back(tmp_path: Path, staleness: int) -> None:
+    """Each step trains until all that may be written is: its own rollouts and those of `staleness` steps more, and
+    nothing of the step after these has been begun by then, however long it takes."""
+    steps, generator = 7, HeldGenerator()
+    run = with_generator(make_run(tmp_path, staleness, steps=steps), generator)
+    trainer = parts(run)[1]
+    untrained = []
+
+    class Slow(Trainer):
+        def train_step(self, batch: TrainBatch) -> TrainStats:
+            step = len(self.batches)
+            may_be = min(step + staleness + 1, steps)
+            eventually(lambda: sorted(generator.finished) == list(range(may_be)))
+            untrained.append(len(generator.begun) - step)
+            assert len(run.ahead._begun) == may_be - step - 1, "nothing is kept besides"
+            return super().train_step(batch)
+
+    trainer = Slow()
+    run = replace(run, trainer=trainer)
+    assert train(run)
+    assert untrained == [min(staleness + 1, steps - step) for step in range(steps)]
+
+
+def test_a_slow_writer_holds_the_trainer_back(tmp_path: Path) -> None:
+    """Step 2 is written last of all that may be begun before it is trained on; nothing overtakes it."""
+    generator = HeldGenerator(held=[2])
+    run = with_generator(make_run(tmp_path, staleness=2, steps=6), generator)
+    trainer = parts(run)[1]
+    trained_before: list[int] = []
+
+    def let_go() -> None:
+        eventually(lambda: sorted(generator.finished) == [0, 1, 3, 4])
+        trained_before.append(len(trainer.batches))
+        generator.held[2].set()
+
+    helper = threading.Thread(target=let_go)
+    helper.start()
+    assert train(run)
+    helper.join()
+    assert trained_before == [2]
+    assert generator.finished.index(2) == 4
+    for step, batch in enumerate(trainer.batches):
+        responses = {token(derive_seed(0, 0, step * PROMPTS, 0), 0, version) for version in range(step + 1)}
+        assert responses & {int(i) for row in batch.rows for i in row.tokens.ids}
+    assert run.state.prompts == {"position": 6 * PROMPTS}

@@ -20,6 +20,8 @@ from nemo_opd.types import StopRequested
 Result = TypeVar("Result")
 Line = Mapping[str, Any]
 
+EARLY_CALLS = 16
+"""Calls of `Calls.begin` that are under way at a time, for each server: each holds a connection."""
 _LOOK_SECONDS = 0.1
 """How often a stop request is looked for while nothing finishes."""
 
@@ -56,6 +58,7 @@ class Calls:
         if not servers.urls:
             raise ValueError("servers: got none; expected at least one address")
         self._servers, self._comeback = servers, comeback
+        self._early = asyncio.Semaphore(EARLY_CALLS * len(servers.urls))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-clients", daemon=True)
         self._thread.start()
@@ -118,6 +121,20 @@ class Calls:
         finally:
             work.cancel()
 
+    def begin(self, form: Form) -> Future[list[Line]]:
+        """Ask without waiting: the future gets the lines, or what `ask` would raise, ServerGone at once when no server
+        is left. Cancelling it drops the rest. From any thread."""
+        return asyncio.run_coroutine_threadsafe(self._begun(form), self._loop)
+
+    async def _begun(self, form: Form) -> list[Line]:
+        lines: list[Line] = []
+        async with self._early:
+            try:
+                await self._pool.ask(form, lines.append, patient=False)
+            except ExceptionGroup as errors:
+                raise _first(errors) from errors
+        return lines
+
     def close(self) -> None:
         """Let go of the servers. Not to be called twice."""
         self._run(self._pool.close())
@@ -137,9 +154,14 @@ def _until_done(lines: queue.SimpleQueue[Line | Future[None]], stop: StopRequest
             continue
         if isinstance(line, Future):
             error = line.exception()
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
             if error is not None:
-                raise error
+                raise _first(error)
             return
         yield line
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong in the first of several tasks."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

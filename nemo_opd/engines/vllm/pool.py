@@ -55,6 +55,8 @@ class Pool:
         self._lost: dict[Client, _Loss] = {}
         self._tries: dict[Client, asyncio.Task[None]] = {}
         """Of lost servers that are being attached again."""
+        self._hands: set[_Hand] = set()
+        """Of all calls that are under way."""
         self.resent = 0
         """Requests that were sent again because their server was lost."""
 
@@ -141,26 +143,31 @@ class Pool:
         if failed:
             raise failed[0][1]
 
-    async def ask(self, form: Form, tell: Tell) -> None:
+    async def ask(self, form: Form, tell: Tell, patient: bool = True) -> None:
         """Every request of `form` is answered once, in the order in which they finish. Cancelling it makes the servers
         drop what is not finished.
 
-        Raises ServerGone when no server is left, ServerRefused when one will not do it.
+        Raises ServerGone when no server is left (and, if `patient`, none has come back), ServerRefused when one will
+        not do it.
         """
         waiting, sendings = deque(form.requests), Counter[int]()
         while waiting:
-            servers = await self._to_ask()
+            servers = sorted(await self._to_ask(patient), key=self._load)
             share = -(-len(waiting) // len(servers))
-            first = [[waiting.popleft() for _ in range(min(share, self._slots, len(waiting)))] for _ in servers]
             async with asyncio.TaskGroup() as group:
-                for client, portion in zip(servers, first, strict=True):
-                    hand = _Hand(client, form, waiting, tell, self._slots, self._lost)
-                    group.create_task(self._keep_busy(hand, portion, sendings))
+                for client in servers:
+                    first = [waiting.popleft() for _ in range(min(share, self._slots, len(waiting)))]
+                    hand = _Hand(client, form, first, waiting, tell, self._slots, self._lost)
+                    self._hands.add(hand)
+                    group.create_task(self._keep_busy(hand, sendings))
 
-    async def _to_ask(self) -> list[Client]:
+    def _load(self, client: Client) -> int:
+        return sum(len(hand.open) for hand in self._hands if hand.client is client)
+
+    async def _to_ask(self, patient: bool) -> list[Client]:
         """The servers that are alive; lost ones are tried again meanwhile. Raises ServerGone when none comes back."""
         time = asyncio.get_running_loop().time
-        end = time() + (self._return.patience if self._return else 0.0)
+        end = time() + (self._return.patience if self._return and patient else 0.0)
         while True:
             if self._return is not None:
                 for client, loss in self._lost.items():
@@ -200,13 +207,14 @@ class Pool:
             attempt.cancel()
         await asyncio.gather(*(client.close() for client in self._clients))
 
-    async def _keep_busy(self, hand: _Hand, portion: list[Any], sendings: Counter[int]) -> None:
+    async def _keep_busy(self, hand: _Hand, sendings: Counter[int]) -> None:
         try:
-            await hand.work(portion)
+            await hand.work()
         except* ServerGone as errors:
-            self._lose(hand.client)
             reason = errors.exceptions[0]
             log.error("a server is left out, its %d requests go to others: %s", len(hand.open), reason)
+            if hand.client not in self._lost:  # one loss, however many calls notice it
+                self._lose(hand.client)
             sendings.update(list(hand.open))
             for request in reversed(hand.open.values()):
                 if sendings[request.key] < SENDINGS:
@@ -214,21 +222,31 @@ class Pool:
                     self.resent += 1
                 else:
                     hand.tell({"key": request.key, "error": f"{SENDINGS} servers were lost with it: {reason}"})
+        finally:
+            self._hands.discard(hand)
 
 
 class _Hand:
     """One server's share of a call: its unfinished requests, and how it gets more."""
 
     def __init__(
-        self, client: Client, form: Form, waiting: deque[Any], tell: Tell, slots: int, lost: Container[Client]
+        self,
+        client: Client,
+        form: Form,
+        first: Sequence[Any],
+        waiting: deque[Any],
+        tell: Tell,
+        slots: int,
+        lost: Container[Client],
     ) -> None:
+        """`first`: the requests that it begins with; more come from `waiting`."""
         self.client, self.waiting, self.tell = client, waiting, tell
-        self.open: dict[int, Any] = {}
+        self.open: dict[int, Any] = {request.key: request for request in first}
         self._form, self._slots, self._lost = form, slots, lost
 
-    async def work(self, portion: list[Any]) -> None:
+    async def work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            self._send(portion, group)
+            self._send(list(self.open.values()), group)
 
     def _send(self, portion: list[Any], group: asyncio.TaskGroup) -> None:
         if portion:

@@ -3,23 +3,27 @@
 A server reports a few log-probabilities per token: of the written token, of the teacher's k best, or of given ids. It
 has no hidden states to give, so losses over whole distributions need a teacher in the run's own processes.
 
-Each response is scored once: the first of its consumers asks, and passes the answer on to the others. What comes to
-nothing (every server lost, a response that a server failed at) comes back without a valid row, never with a number.
+Each response is scored once: by the rank that has begun to (`VLLMScorer.begin`) while others were still being written,
+otherwise by the first of its consumers. Whoever has the answer passes it on to the consumers. What comes to nothing
+(every server lost, a response that a server failed at) comes back without a valid row, never with a number.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_opd.engines.exchange import Message, exchange
 from nemo_opd.engines.requests import check_needs, check_request
-from nemo_opd.engines.vllm.calls import Calls, Servers
+from nemo_opd.engines.vllm.calls import Calls, Line, Servers
 from nemo_opd.engines.vllm.client import ServerGone
 from nemo_opd.engines.vllm.identity import weights_id
 from nemo_opd.engines.vllm.pool import Return
@@ -32,6 +36,9 @@ log = logging.getLogger(__name__)
 
 Payload = tuple[Tensor, ...]
 """(log-probs float32 [response, k],), with TOP_K and (ids int64 [response, k]) besides; NaN where no score came."""
+
+Content = tuple[tuple[int, ...], bytes, TeacherNeeds]
+"""What an answer depends on: context ids, response ids, needs."""
 
 _WORDS = {need: word for word, need in NEEDS.items()}
 
@@ -54,7 +61,7 @@ class VLLMScorer:
             vocab_size: the student's ids, over which the servers must normalise.
             model: folder of the teacher; where it holds weights, the servers must hold the same. None: whatever is
                 served.
-            rank: whose requests are asked for; None: this process's.
+            rank: of a process that asks for itself alone; None: this one, among those of the run.
             patience: seconds that are spent on lost servers before their scores are given up.
             end_servers: called by `close`; None where the servers go on running.
 
@@ -63,7 +70,10 @@ class VLLMScorer:
         """
         attach = Attach(servers.session, reload=False)
         self._vocab_size, self._end_servers = vocab_size, end_servers
-        self._rank = Processes.current().rank if rank is None else rank
+        self._processes = Processes.current() if rank is None else Processes(rank)
+        self._early: dict[Content, deque[Future[list[Line]]]] = {}
+        """Begun and not asked for yet."""
+        self._changing = threading.Lock()
         self._calls: Calls | None = Calls(servers, Return(attach, patience=patience))
         found, weights = self._calls.attach(attach, TEACHER), "" if model is None else weights_id(model)
         for url, server in found.items():
@@ -87,8 +97,16 @@ class VLLMScorer:
         """Requests that were sent again because their server was lost."""
         return self._open().resent
 
+    def begin(self, request: ScoreRequest, needs: TeacherNeeds) -> None:
+        """See `EarlyScorer.begin`. Where it comes to nothing because no server is left, `score` asks again."""
+        wire = _wire_score(0, request, self._room, needs)
+        if wire is not None:
+            begun = self._open().begin(_form([wire], needs))
+            with self._changing:
+                self._early.setdefault(_content(request, needs), deque()).append(begun)
+
     def score(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
-        """See `Scorer.score`: answers as they finish, those for several consumers last.
+        """See `Scorer.score`: answers as they finish, those that come from other ranks last.
 
         Raises, at the call and on every rank alike: ValueError for a need that the servers do not serve and for what
         every scorer refuses (`nemo_opd.engines.requests`), RuntimeError after close. While it runs: ServerRefused when
@@ -114,25 +132,56 @@ class VLLMScorer:
         check_needs(needs, self._vocab_size)
 
     def _answers(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
-        shared = {number for number, request in enumerate(requests) if len(request.consumers) > 1}
-        mine = [n for n, request in enumerate(requests) if request.consumers and request.consumers[0] == self._rank]
+        begun = self._begun(requests, needs)
+        askers = self._askers(requests, begun)
+        moved = {n for n, request in enumerate(requests) if request.consumers != (askers[n],)}
+        mine = [number for number, asker in enumerate(askers) if asker == self._processes.rank]
+        for number in begun.keys() - set(mine):
+            begun[number].cancel()
         held: dict[int, Payload] = {}
-        for number, payload in self._payloads(requests, mine, needs):
-            if number in shared:
+        for number, payload in self._payloads(requests, mine, begun, needs):
+            if number in moved:
                 held[number] = payload
             else:
                 yield _answer(requests[number], payload, needs)
-        if shared:
-            plan = [
-                Message(number, requests[number].consumers[0], consumer, len(requests[number].response_ids))
-                for number in sorted(shared)
-                for consumer in requests[number].consumers
-            ]
+        plan = [
+            Message(number, askers[number], consumer, len(requests[number].response_ids))
+            for number in sorted(moved)
+            for consumer in requests[number].consumers
+        ]
+        if plan:
             for number, payload in exchange(plan, held, _nothing(0, needs), torch.device("cpu")):
                 yield _answer(requests[number], payload, needs)
 
+    def _begun(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> dict[int, Future[list[Line]]]:
+        """What this rank has begun, by position; each is handed out once."""
+        found: dict[int, Future[list[Line]]] = {}
+        with self._changing:
+            for number, request in enumerate(requests if self._early else ()):
+                content = _content(request, needs)
+                if content in self._early:
+                    found[number] = self._early[content].popleft()
+                    if not self._early[content]:
+                        del self._early[content]
+        return found
+
+    def _askers(self, requests: Sequence[ScoreRequest], begun: Mapping[int, object]) -> list[int]:
+        """Who asks for each: the first rank that has begun to, otherwise the first consumer; -1 where none wants it.
+        One gather."""
+        askers = [request.consumers[0] if request.consumers else -1 for request in requests]
+        parts = self._processes.gather(torch.tensor(sorted(begun), dtype=torch.int64))
+        first = 0 if len(parts) > 1 else self._processes.rank
+        for rank, part in reversed(list(enumerate(parts, first))):
+            for number in part.tolist():
+                askers[number] = rank if requests[number].consumers else -1
+        return askers
+
     def _payloads(
-        self, requests: Sequence[ScoreRequest], mine: Sequence[int], needs: TeacherNeeds
+        self,
+        requests: Sequence[ScoreRequest],
+        mine: Sequence[int],
+        begun: Mapping[int, Future[list[Line]]],
+        needs: TeacherNeeds,
     ) -> Iterator[tuple[int, Payload]]:
         """Of each of `mine`, as they finish."""
         waiting: dict[int, WireScore] = {}
@@ -142,13 +191,9 @@ class VLLMScorer:
                 yield number, _nothing(len(requests[number].response_ids), needs)
             else:
                 waiting[number] = wire
-        if not waiting:
-            return
-        failures: list[str] = []
-        form = Score(requests=tuple(waiting.values()), need=_WORDS[needs.need], k=needs.k)
+        asked, failures = len(waiting), []
         try:
-            for line in self._open().ask(form):
-                number = line["key"]
+            for number, line in self._lines(waiting, begun, needs):
                 if "error" in line:
                     failures.append(line["error"])
                     continue
@@ -157,13 +202,30 @@ class VLLMScorer:
         except ServerGone as error:
             failures.append(str(error))
         if waiting:
-            log.error("%d of %d responses have no score: %s", len(waiting), len(form.requests), failures[0])
+            log.error("%d of %d responses have no score: %s", len(waiting), asked, failures[0])
         for number in waiting:
             yield number, _nothing(len(requests[number].response_ids), needs)
+
+    def _lines(
+        self, waiting: Mapping[int, WireScore], begun: Mapping[int, Future[list[Line]]], needs: TeacherNeeds
+    ) -> Iterator[tuple[int, Line]]:
+        """(position, line) of all that are `waiting`: first what was begun, then the rest, which is asked for now."""
+        rest = dict(waiting)
+        for number in begun.keys() & waiting.keys():
+            try:
+                (line,) = begun[number].result()
+            except ServerGone:
+                continue
+            del rest[number]
+            yield number, line
+        if rest:
+            yield from ((line["key"], line) for line in self._open().ask(_form(rest.values(), needs)))
 
     def close(self) -> None:
         """Let go of the servers. Idempotent."""
         if self._calls is not None:
+            for begun in itertools.chain.from_iterable(self._early.values()):
+                begun.cancel()
             self._calls.close()
             self._calls = None
         if self._end_servers is not None:
@@ -173,6 +235,14 @@ class VLLMScorer:
         if self._calls is None:
             raise RuntimeError("scorer: got a call after close; make a new one")
         return self._calls
+
+
+def _form(requests: Iterable[WireScore], needs: TeacherNeeds) -> Score:
+    return Score(requests=tuple(requests), need=_WORDS[needs.need], k=needs.k)
+
+
+def _content(request: ScoreRequest, needs: TeacherNeeds) -> Content:
+    return request.context_ids, request.response_ids.cpu().numpy().tobytes(), needs
 
 
 def _wire_score(number: int, request: ScoreRequest, room: int, needs: TeacherNeeds) -> WireScore | None:
@@ -187,7 +257,7 @@ def _wire_score(number: int, request: ScoreRequest, room: int, needs: TeacherNee
     return WireScore(number, request.context_ids, tuple(request.response_ids[:rows].tolist()), at_ids)
 
 
-def _payload(line: Mapping[str, Any], rows: int, response: int, needs: TeacherNeeds) -> Payload:
+def _payload(line: Line, rows: int, response: int, needs: TeacherNeeds) -> Payload:
     """The first `rows` come from the line, those up to `response` have no score."""
     empty = _nothing(response, needs)
     names = ("logprobs", "ids")[: len(empty)]

@@ -54,6 +54,7 @@ def _run(reward: SlotConfig, prompts_per_step: int = 2) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(reward=reward, train=SimpleNamespace(prompts_per_step=prompts_per_step)),
         ahead=RolloutsAhead(_Stream(), processes, stop.requested, prompts_per_step, staleness=0, steps=10),
+        early=None,
         source=_Source(),
         verifier=lambda text, prompt: float(text == "even") if prompt.index % 3 == 0 else 1.0,
         processes=processes,

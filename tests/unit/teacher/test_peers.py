@@ -16,6 +16,7 @@ import pytest
 from nemo_opd.config import PeersContext
 from nemo_opd.prompts.template import render_chat
 from nemo_opd.teacher.build import build_context
+from nemo_opd.teacher.contexts import Reads
 from nemo_opd.teacher.insertion import ContextRenderer
 from nemo_opd.teacher.peers import FAILURE, FIRST_SUCCESS, NEXT_SUCCESS, Peers
 from nemo_opd.types import Rollout
@@ -207,6 +208,26 @@ def test_choice_depends_on_the_seed_and_not_on_the_order(chatml: Any, variant: s
         assert dict(zip([r.text for r in mixed], context.context_ids(mixed), strict=True)) == expected
     other = build(chatml, 4, variant=variant).context_ids(rollouts)
     assert sum(a != b for a, b in zip(expected.values(), other, strict=True)) > 20
+
+
+@pytest.mark.parametrize(
+    "variant", ["contrastive", "successes", "random_peer", "unrelated_prompt", "success_only_matched"]
+)
+def test_what_it_reads_is_said(chatml: Any, variant: str) -> None:
+    """With the group alone the prompts are those of the whole step, where they are said to be."""
+    peers = build(chatml, variant=variant)
+    alike = [g for g in (0, 1, 2) if peers.context_ids(GROUPS[g]) == whole_step(peers)[g]]
+    assert peers.reads is (Reads.STEP if variant == "unrelated_prompt" else Reads.GROUP)
+    assert (alike == [0, 1, 2]) == (peers.reads is Reads.GROUP)
+
+
+GROUPS = [group(0, "ssfsff"), group(1, "ffssuf"), group(2, "sffe")]
+
+
+def whole_step(peers: Peers) -> list[list[tuple[int, ...] | None]]:
+    """The prompts by group, made with all groups at hand."""
+    prompts = iter(peers.context_ids([r for some in GROUPS for r in some]))
+    return [[next(prompts) for _ in some] for some in GROUPS]
 
 
 def digest() -> str:

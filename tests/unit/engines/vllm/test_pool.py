@@ -82,6 +82,19 @@ def test_few_requests_are_spread_and_neighbours_stay_together() -> None:
     assert (one.portions, other.portions) == ([[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]])
 
 
+def test_calls_of_one_request_each_go_to_whoever_has_least_to_do() -> None:
+    servers = [Server(name, delay=3) for name in ("a", "b", "c")]
+    pool, lines = pool_of(*servers), []  # type: Pool, list[dict[str, Any]]
+
+    async def play() -> None:
+        forms = [Generate((request,), "0", SAMPLING, ()) for request in requests(9)]
+        await asyncio.gather(*(pool.ask(form, lines.append) for form in forms))
+
+    asyncio.run(play())
+    assert sorted(line["key"] for line in lines) == list(range(9))
+    assert [sorted(server.portions) for server in servers] == [[[0], [3], [6]], [[1], [4], [7]], [[2], [5], [8]]]
+
+
 def test_what_a_lost_server_did_not_answer_goes_to_the_others() -> None:
     pool = pool_of(Server("dying", lives=3), Server("other"))
     lines = write(pool, 40)
@@ -196,6 +209,22 @@ def test_the_last_server_is_waited_for() -> None:
     with pytest.raises(ServerGone, match="no server is left of 1"):
         lines = answered_after(Returning("a", lives=3, deaf=10**6), patience=0.2)
     assert lines == []
+
+
+def test_calls_that_lose_a_server_together_have_lost_it_once() -> None:
+    """It is tried again after the first wait, not after one that doubled with each call."""
+    returning, lines = Returning("a", lives=3, deaf=0), []  # type: Returning, list[dict[str, Any]]
+
+    async def play() -> None:
+        rule = Return(ATTACH, first=0.01, longest=1000.0, patience=20.0)
+        pool = Pool((returning,), 8, rule)  # type: ignore[arg-type]
+        await pool.attach(ATTACH, 1.0)
+        forms = [Generate((request,), "0", SAMPLING, ()) for request in requests(40)]
+        await asyncio.gather(*(pool.ask(form, lines.append) for form in forms))
+        await pool.close()
+
+    asyncio.run(play())
+    assert sorted(line["key"] for line in lines) == list(range(40))
 
 
 def test_a_server_that_returns_as_another_is_not_asked() -> None:

@@ -3,19 +3,22 @@ tests/contract/test_scorer.py and tests/reliability/test_teacher_servers.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nemo_opd.engines.vllm.calls import Servers
+from nemo_opd.engines.vllm.calls import EARLY_CALLS, Servers
 from nemo_opd.engines.vllm.client import ServerRefused
 from nemo_opd.engines.vllm.pool import SENDINGS
 from nemo_opd.engines.vllm.scorer import VLLMScorer
 from nemo_opd.engines.vllm.settings import WRITER
+from nemo_opd.engines.vllm.wire import Refused, Score
 from nemo_opd.types import Need, ScoreRequest, TeacherNeeds, TeacherScores
 from tests.helpers.ranks import RankPool
 from tests.helpers.teachers import IDS, StandIn, logprob, standing
@@ -203,6 +206,107 @@ def test_the_key_is_asked_for(tmp_path: Path) -> None:
         VLLMScorer(Servers([url], "session", tmp_path, "right"), IDS).close()
 
 
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def same(first: list[TeacherScores], second: list[TeacherScores]) -> bool:
+    """Bit for bit, in any order."""
+    pairs = zip(sorted(first, key=lambda a: a.key), sorted(second, key=lambda a: a.key), strict=True)
+    return all(
+        one.key == other.key and all(equal(getattr(one, name), getattr(other, name)) for name in PARTS)
+        for one, other in pairs
+    )
+
+
+PARTS = ("valid", "sampled_logprobs", "ids", "id_logprobs")
+
+
+def equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("needs", [SAMPLED, TeacherNeeds(Need.TOP_K, K)])
+def test_what_was_begun_is_not_asked_again_and_is_the_same(make: Make, needs: TeacherNeeds) -> None:
+    """Also of responses that are there twice, have no room or no token; whatever number they had when they were begun,
+    and in whatever order."""
+    first, second = StandIn(positions=20), StandIn(positions=20)
+    asked = requests(23, longest=16)
+    asked += [replace(asked[3], key=90), replace(asked[4], key=91, response_ids=asked[4].response_ids[:0])]
+    whole = list(make(StandIn(positions=20)).score(asked, needs))
+    scorer = make(first, second)
+    for request in reversed(asked[4:]):
+        scorer.begin(replace(request, key=0, consumers=(0,)), needs)
+    begun = len([r for r in asked[4:] if len(r.response_ids) and len(r.context_ids) < 19])
+    eventually(lambda: len(first.asked + second.asked) == begun)
+    assert first.asked and second.asked, "they are dealt out although each comes alone"
+    assert same(list(scorer.score(asked, needs)), whole)
+    assert len(first.asked + second.asked) == begun + 4
+    assert scorer._early == {}
+    other = TeacherNeeds(Need.TOP_K, K - 1)
+    assert len(list(scorer.score(asked[:2], other))) == 2
+
+
+def test_of_many_that_are_begun_some_wait_and_none_for_the_servers_of_others(make: Make) -> None:
+    """More than may be under way; `score` waits for what has not come."""
+    served, asked = StandIn(), requests(5 * EARLY_CALLS)
+    scorer = make(served)
+    for request in asked:
+        scorer.begin(request, SAMPLED)
+    check_sampled(asked, list(scorer.score(asked, SAMPLED)), set())
+    assert len(served.asked) == len(asked)
+
+
+def test_what_was_begun_with_a_lost_server_is_asked_again(make: Make) -> None:
+    served, asked = StandIn(), requests(12)
+    scorer = make(served)
+    served.fault = lambda request: "die"
+    for request in asked:
+        scorer.begin(request, SAMPLED)
+    eventually(lambda: all(begun.done() for futures in scorer._early.values() for begun in futures))
+    served.dead, served.fault = False, lambda request: ""
+    check_sampled(asked, list(make_patient(scorer).score(asked, SAMPLED)), set())
+
+
+def test_a_failure_of_what_was_begun_is_an_answer(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """The server will fail at it again."""
+    served, asked = StandIn(), requests(9)
+    served.fault = lambda request: "it has no mood" if request.response == tuple(asked[2].response_ids.tolist()) else ""
+    scorer = make(served)
+    for request in asked[:5]:
+        scorer.begin(request, SAMPLED)
+    check_sampled(asked, list(scorer.score(asked, SAMPLED)), {52})
+    assert len(served.asked) == 9 and "1 of 9 responses have no score: it has no mood" in caplog.text
+
+
+def test_a_refusal_of_what_was_begun_is_raised_by_the_score(make: Make) -> None:
+    class Refusing(StandIn):
+        async def score(self, message: Score) -> AsyncGenerator[Mapping[str, Any], None]:
+            raise Refused(400, "it will not")
+            yield {}
+
+    scorer, (request,) = make(Refusing()), requests(1)
+    scorer.begin(request, SAMPLED)
+    with pytest.raises(ServerRefused, match="it will not"):
+        list(scorer.score([request], SAMPLED))
+
+
+def test_closing_drops_what_was_begun(make: Make) -> None:
+    served, (request,) = StandIn(), requests(1)
+    served.fault = lambda request: "hang"
+    scorer = make(served)
+    scorer.begin(request, SAMPLED)
+    eventually(lambda: bool(served.asked))
+    scorer.close()
+    with pytest.raises(RuntimeError, match="after close"):
+        scorer.begin(request, SAMPLED)
+
+
 def score_on(rank: int, urls: list[str], asked: list[ScoreRequest], needs: TeacherNeeds) -> list[TeacherScores]:
     scorer = VLLMScorer(Servers(urls, "session", Path(), slots=4), IDS)
     answers = list(scorer.score(asked, needs))
@@ -225,6 +329,36 @@ def test_the_first_consumer_asks_and_all_get_the_same(ranks2: RankPool, need: Ne
             assert bool(answer.valid.all()) == ((answer.key - 50) % 5 != 0)
     both = [{a.key: a for a in mine} for mine in answers]
     for key in both[0].keys() & both[1].keys():
-        for name in ("valid", "sampled_logprobs", "ids", "id_logprobs"):
-            first, second = (getattr(mine[key], name) for mine in both)
-            assert (first is None and second is None) or torch.equal(first.nan_to_num(9.0), second.nan_to_num(9.0))
+        assert same([both[0][key]], [both[1][key]])
+
+
+def begin_and_score_on(
+    rank: int, urls: list[str], asked: list[ScoreRequest], begun: list[list[int]], needs: TeacherNeeds
+) -> tuple[list[TeacherScores], list[TeacherScores]]:
+    """What comes without and with what this rank has begun."""
+    scorer = VLLMScorer(Servers(urls, "session", Path(), slots=4), IDS)
+    whole = list(scorer.score(asked, needs))
+    for number in begun[rank]:
+        scorer.begin(asked[number], needs)
+    answers = list(scorer.score(asked, needs))
+    assert scorer._early == {}
+    scorer.close()
+    return whole, answers
+
+
+@pytest.mark.parametrize("need", [Need.SAMPLED, Need.TOP_K])
+def test_answers_go_from_whoever_has_begun_to_the_consumers(ranks2: RankPool, need: Need) -> None:
+    """The other rank has begun some, both have begun some, and nobody has begun the rest."""
+    served, consumers = StandIn(), ((0,), (1,), (0, 1), (1, 0), ())
+    asked = [replace(request, consumers=consumers[i % 5]) for i, request in enumerate(requests(25))]
+    served.fault = lambda request: "out of order" if len(request.response) == len(asked[2].response_ids) else ""
+    begun = [[1, 2, 3, 5, 6, 8, 9, 20], [0, 1, 7, 10, 11, 8, 12, 13]]
+    with standing(served) as url:
+        answers = ranks2.run(begin_and_score_on, [url], asked, begun, TeacherNeeds(need, K))
+    for rank, (whole, mine) in enumerate(answers):
+        assert sorted(a.key for a in mine) == [r.key for r in asked if rank in r.consumers]
+        assert same(mine, whole)
+        assert any(a.valid.all() for a in mine) and any(not a.valid.any() for a in mine)
+    wanted = sum(bool(request.consumers) for request in asked)
+    twice, unwanted = 2, 1
+    assert 2 * wanted <= len(served.asked) <= 2 * wanted + twice + unwanted
