@@ -67,7 +67,7 @@ def table(args: argparse.Namespace, student: ModelShape) -> list[str]:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write(folder, ArithmeticTask(terms=3), 20_000, 16, noise=0.0, seed=0)
+        write(folder, ArithmeticTask(terms=4), 10_000, 16, noise=0.0, seed=0)
         write_tokenizer(folder / "tokenizer")
         for name, shape, seed in (("student", student, 0), ("teacher", TEACHER, 1)):
             write_random_model(folder / name, folder / "tokenizer", shape=shape, seed=seed)
