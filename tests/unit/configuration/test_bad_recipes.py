@@ -201,11 +201,12 @@ CASES = [
     Bad("ipc_between_gpus", "rollout.servers.placement: got separate; expected colocated with transport ipc, by which "
         "servers read the memory of the trainer's own GPUs; set it, or choose transport nccl or disk",
         (*STANDING, "rollout.servers.transport=ipc")),
-    Bad("nccl_on_one_gpu", "rollout.servers.transport: got nccl; expected ipc or disk with placement colocated, as NCCL "
-        "does not join two processes on one GPU; choose one of these, or placement separate",
+    Bad("nccl_on_one_gpu", "rollout.servers.transport: got nccl; expected ipc or disk with placement colocated, as "
+        "NCCL does not join two processes on one GPU; choose one of these, or placement separate",
         (*STANDING, "rollout.servers.transport=nccl", "rollout.servers.placement=colocated")),
-    Bad("weights_dir_of_no_use", "rollout.servers.weights_dir: got w; expected nothing with transport gloo, which needs "
-        "no folder; leave it out", (*STANDING, "rollout.servers.transport=gloo", "rollout.servers.weights_dir=w")),
+    Bad("weights_dir_of_no_use", "rollout.servers.weights_dir: got w; expected nothing with transport gloo, which "
+        "needs no folder; leave it out",
+        (*STANDING, "rollout.servers.transport=gloo", "rollout.servers.weights_dir=w")),
     Bad("unknown_transport", "rollout.servers.transport: got http; expected one of disk, nccl, ipc, gloo",
         (*STANDING, "rollout.servers.transport=http")),
     Bad("ahead_on_the_same_gpus", "rollout.staleness: got 1; expected 0 with placement colocated, where writing and "
