@@ -301,15 +301,17 @@ def build_stop_rule(
     """When training rollouts end before EOS and the token limit."""
     measure = None
     if isinstance(config.stop, TrapStop):
-        assert isinstance(generator, HFGenerator) and scorer is not None
+        assert isinstance(generator, HFGenerator | VLLMGenerator) and scorer is not None
         measure = build_measure(config, config.stop, processes, generator, scorer)
     return build_stop(config.stop, context, decoder(tokenizer), processes, config.run.seed, measure)
 
 
 def build_measure(
-    config: Config, slot: TrapStop, processes: Processes, generator: HFGenerator, scorer: Scorer
+    config: Config, slot: TrapStop, processes: Processes, generator: HFGenerator | VLLMGenerator, scorer: Scorer
 ) -> Measure:
     """The divergence of the generator's student from the teacher, on what the student writes."""
+    if isinstance(generator, VLLMGenerator):
+        return Measure(TailDivergence(None, scorer, slot.k, processes), processes, of_writers=True)
     vocab_size, tokens = read_architecture(config.student.model).vocab_size, config.teacher.micro_batch_tokens
     student = HFScorer(generator.model, micro_batch_tokens=tokens, vocab_size=vocab_size)
     if slot.divergence == "tail":
@@ -341,6 +343,8 @@ def build_source(
         assert isinstance(generator, HFGenerator)
         teacher, dtype = Path(str(config.teacher.model)), config.teacher.dtype
         generator = TeacherMixedGenerator(generator, teacher, prefix.teacher_share, dtype=dtype)
+    if isinstance(generator, VLLMGenerator) and isinstance(config.stop, TrapStop):
+        generator = generator.telling(config.stop.k)
     student = StudentSource(stop_rule.writer(generator), sampling, rollout.samples_per_prompt, seed)
     if isinstance(prefix, MixedPrefix):
         return MixedSource(student, dataset, prefix.on_policy_share, seed)

@@ -92,6 +92,19 @@ class Finish(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class BestIds:
+    """What a model held most probable before each of some tokens."""
+
+    ids: Tensor
+    """int32 [tokens, k], the most probable first"""
+    logprobs: Tensor
+    """float32 [tokens, k], nats, at temperature 1, over the whole vocabulary"""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One response with, for every token, who wrote it, under which policy version, and whether it is trained on."""
 
@@ -112,6 +125,9 @@ class Rollout:
     text: str = ""
     reward: float | None = None
     """The verifier's answer in [0, 1]; None when nothing verified it."""
+    best: BestIds | None = None
+    """What the student held most probable, with the weights that drew the token, at as many of the last tokens as the
+    writer's last call drew. In the process that wrote the response alone, and only where a stop rule wants it."""
 
 
 class Need(enum.IntEnum):

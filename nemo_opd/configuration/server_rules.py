@@ -35,8 +35,7 @@ def _writers(config: Config) -> None:
         expected = "hf with prefix teacher_mixed, where both models draw each token together"
         raise ConfigError("rollout.engine", "vllm", expected, "set rollout.engine=hf")
     if isinstance(config.stop, TrapStop):
-        expected = f"hf with stop {config.stop.name}, which reads the student's distribution while it writes"
-        raise ConfigError("rollout.engine", "vllm", expected, "set rollout.engine=hf, or leave stop out")
+        _best_ids(config, config.stop)
     if config.rollout.dtype == "float64":
         raise ConfigError("rollout.dtype", "float64", "bfloat16 or float32 with engine vllm", "choose one of these")
     servers = config.rollout.servers
@@ -59,6 +58,19 @@ def _transport(servers: ServersConfig) -> None:
     if servers.transport != "disk" and servers.weights_dir is not None:
         expected = f"nothing with transport {servers.transport}, which needs no folder"
         raise ConfigError(f"{key}.weights_dir", servers.weights_dir, expected, "leave it out")
+
+
+def _best_ids(config: Config, stop: TrapStop) -> None:
+    """Servers say the student's best ids as they write, and nothing else of its distribution."""
+    rest = f"with rollout.engine=vllm and stop {stop.name}, as servers say the best ids of the model's own distribution"
+    for name, only in (("divergence", "tail"), ("support", "student")):
+        if getattr(stop, name) != only:
+            way_out = f"set stop.{name}={only}, or rollout.engine=hf"
+            raise ConfigError(f"stop.{name}", getattr(stop, name), f"{only} {rest}", way_out)
+    for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        if getattr(config.rollout, name) != plain:
+            way_out = "leave it out, or set rollout.engine=hf"
+            raise ConfigError(f"rollout.{name}", getattr(config.rollout, name), f"{plain} {rest}", way_out)
 
 
 def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_opd.config import Config, DatasetPrefix, K2Loss, TeacherPrefix
+from nemo_opd.config import Config, DatasetPrefix, K2Loss, KatStop, TeacherPrefix
 from nemo_opd.errors import ConfigError
 
 
@@ -26,6 +26,9 @@ def staleness_rules(config: Config) -> None:
     if getattr(config.reward, "equal_groups", "keep") == "redraw":
         expected = f"keep or drop with rollout.staleness={got}, as further prompts would be begun when the step is due"
         raise ConfigError("reward.equal_groups", "redraw", expected, "choose one of these, or leave staleness out")
+    if isinstance(config.stop, KatStop) and config.stop.form == "segments":
+        expected = f"after with rollout.staleness={got}, as every rank and the teacher take part between two segments"
+        raise ConfigError("stop.form", "segments", expected, "set stop.form=after, or leave staleness out")
     _correction(config)
 
 

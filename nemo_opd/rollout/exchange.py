@@ -1,13 +1,14 @@
 """Rollouts travel between processes as two flat tensors, so that nothing has to be unpickled.
 
 Prompts are not sent: every rank reads the same prompt stream and knows them by position. Text is decoded again from
-the ids by whoever wants it.
+the ids by whoever wants it. `Rollout.best`, hundreds of bytes a token, stays where it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,7 +85,10 @@ def gather_rollouts(
     def place(rollout: Rollout) -> int:
         return position[rollout.prompt.epoch, rollout.prompt.index]
 
+    mine = list(mine)
+    best = {(place(rollout), rollout.sample): rollout.best for rollout in mine if rollout.best is not None}
     integers, floats = flatten((place(rollout), rollout) for rollout in mine)
     parts = zip(processes.gather(integers), processes.gather(floats), strict=True)
     everyone = [rollout for i, f in parts for rollout in unflatten(i, f, prompts, decode)]
+    everyone = [replace(rollout, best=best.get((place(rollout), rollout.sample))) for rollout in everyone]
     return sorted(everyone, key=lambda rollout: (place(rollout), rollout.sample))

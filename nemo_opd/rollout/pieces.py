@@ -33,7 +33,8 @@ def continued(before: Rollout, after: Rollout) -> Rollout:
 
 
 def shortened(rollout: Rollout, length: int, decode: Callable[[Tensor], str]) -> Rollout:
-    """The first `length` tokens, finished by a stop rule. The reward, if any, stays that of the whole response."""
+    """The first `length` tokens, finished by a stop rule, without `best`. The reward, if any, stays that of the whole
+    response."""
     assert length <= len(rollout.response_ids), (length, len(rollout.response_ids))
     return replace(
         rollout,
@@ -44,4 +45,5 @@ def shortened(rollout: Rollout, length: int, decode: Callable[[Tensor], str]) ->
         loss_mask=rollout.loss_mask[:length],
         finish=Finish.STOPPED,
         text=decode(rollout.response_ids[:length]),
+        best=None,
     )

@@ -1,8 +1,9 @@
 """d_t = KL(p_t || q_t) at every token of what the student wrote, whatever engines hold the two models.
 
 Student and teacher are both asked through the `Scorer` protocol, at temperature 1, on the same tokens after the prompt
-that each of them sees. What comes out is a number per token: nothing here is differentiated, and nothing of size
-tokens x vocabulary is kept or sent.
+that each of them sees; or the student said its k best ids when it wrote (`Rollout.best`) and is not asked again. What
+comes out is a number per token: nothing here is differentiated, and nothing of size tokens x vocabulary is kept or
+sent.
 
     full    sum_v p_v (log p_v - log q_v)       both answer hidden states; the rank that works a span out holds both
                                                 output layers, whole
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from nemo_opd.engines.protocols import Scorer
 from nemo_opd.processes import Processes, balanced
-from nemo_opd.types import Need, ScoreRequest, TeacherNeeds, TeacherScores
+from nemo_opd.types import BestIds, Need, ScoreRequest, TeacherNeeds, TeacherScores
 from nemo_opd.vocab.logits import LogitsView
 from nemo_opd.vocab.output import logits_into
 from nemo_opd.vocab.partial import PartialView
@@ -48,6 +49,8 @@ class Span:
     teacher_context: tuple[int, ...]
     ids: Tensor
     """int64 [tokens]"""
+    best: BestIds | None = None
+    """What the student said of these tokens when it drew them; on the rank that wrote them alone."""
 
     def request(self, key: int, owner: int, teacher: bool, at_ids: Tensor | None = None) -> ScoreRequest:
         context = self.teacher_context if teacher else self.student_context
@@ -72,16 +75,16 @@ class Measure:
     context is read again each time.
     """
 
-    def __init__(self, divergence: Divergence, processes: Processes) -> None:
-        self._divergence, self._processes = divergence, processes
+    def __init__(self, divergence: Divergence, processes: Processes, of_writers: bool = False) -> None:
+        """`of_writers`: a span belongs to the rank that holds its `Span.best`, at the cost of one more gather."""
+        self._divergence, self._processes, self._of_writers = divergence, processes, of_writers
 
     def __call__(self, spans: Sequence[Span]) -> list[Tensor]:
         """[tokens] of each span, float32, in nats; NaN where a score is missing. Collective."""
         return [values for block in _blocks(spans) for values in self._block(block)]
 
     def _block(self, spans: Sequence[Span]) -> Iterator[Tensor]:
-        lengths = [len(span.student_context) + len(span.ids) for span in spans]
-        shares = balanced(lengths, self._processes.size)
+        shares = self._held(spans) if self._of_writers else self._dealt(spans)
         owners = {number: rank for rank, share in enumerate(shares) for number in share}
         found = self._divergence(spans, [owners[number] for number in range(len(spans))])
         mine = [found[number].float() for number in shares[self._processes.rank]]
@@ -90,6 +93,17 @@ class Measure:
         for share, part in zip(shares, parts, strict=True):
             values |= zip(share, part.split([len(spans[number].ids) for number in share]), strict=True)
         return (values[number] for number in range(len(spans)))
+
+    def _dealt(self, spans: Sequence[Span]) -> list[list[int]]:
+        lengths = [len(span.student_context) + len(span.ids) for span in spans]
+        return balanced(lengths, self._processes.size)
+
+    def _held(self, spans: Sequence[Span]) -> list[list[int]]:
+        mine = [number for number, span in enumerate(spans) if span.best is not None]
+        shares = [part.tolist() for part in self._processes.gather(torch.tensor(mine, dtype=torch.int64))]
+        found = sorted(number for share in shares for number in share)
+        assert found == list(range(len(spans))), "of each span one rank knows what the student said"
+        return shares
 
 
 def _blocks(spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
@@ -109,10 +123,11 @@ class TailDivergence:
     """Over k ids and one bucket for everything else.
 
     One of the models names its k best ids, these travel to all ranks (a scorer's request list is global), and the other
-    model is asked for its log-probabilities there.
+    model is asked for its log-probabilities there. Without a `student` its best ids are those in `Span.best`, on the
+    spans' owners (`Measure` with `of_writers`).
     """
 
-    student: Scorer
+    student: Scorer | None
     teacher: Scorer
     k: int
     processes: Processes
@@ -120,12 +135,18 @@ class TailDivergence:
     """S is the teacher's top k (all that some servers report) instead of the student's."""
 
     def __call__(self, spans: Sequence[Span], owners: Sequence[int]) -> dict[int, Tensor]:
+        assert self.student is not None or not self.teacher_chooses, "a student that is not asked has chosen"
         chooser, other = (self.teacher, self.student) if self.teacher_chooses else (self.student, self.teacher)
+        assert other is not None
         numbered = list(enumerate(zip(spans, owners, strict=True)))
-        best = _by_key(
-            chooser,
-            [span.request(i, owner, self.teacher_chooses) for i, (span, owner) in numbered],
-            TeacherNeeds(Need.TOP_K, self.k),
+        best = (
+            {i: _said(i, span) for i, (span, owner) in numbered if owner == self.processes.rank}
+            if chooser is None
+            else _by_key(
+                chooser,
+                [span.request(i, owner, self.teacher_chooses) for i, (span, owner) in numbered],
+                TeacherNeeds(Need.TOP_K, self.k),
+            )
         )
         at_ids = self._everywhere(spans, owners, best)
         at = _by_key(
@@ -179,6 +200,13 @@ class FullDivergence:
     def _chunk(self, student: Tensor, teacher: Tensor) -> Tensor:
         p, q = _dense(student, self.student_output), _dense(teacher, self.teacher_output)
         return p.expectation(lambda log_p, log_q: log_p - log_q, q).float().cpu()
+
+
+def _said(number: int, span: Span) -> TeacherScores:
+    """What the student said when it wrote, as if it had been asked. A number that is not finite is no score."""
+    assert span.best is not None and len(span.best) == len(span.ids), number
+    logprobs = span.best.logprobs
+    return TeacherScores(number, logprobs.isfinite().all(1), ids=span.best.ids.long(), id_logprobs=logprobs)
 
 
 def _by_key(scorer: Scorer, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> dict[int, TeacherScores]:

@@ -7,6 +7,7 @@
 
 Both cut the same tokens, up to the rounding of d. In both, d costs one forward of the student and one of the teacher
 per token on top of the loss's own scores (in segments: per token and later segment, since contexts are read again).
+Where vLLM writes, d costs none of the student: it says what is needed of it as it writes.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def first_student_token(rollout: Rollout) -> int:
 def span_of(rollout: Rollout, context: tuple[int, ...], start: int) -> Span:
     """The student's tokens, after what each model read before them."""
     prefix = tuple(rollout.response_ids[:start].tolist())
-    return Span(rollout.prompt.token_ids + prefix, context + prefix, rollout.response_ids[start:])
+    return Span(rollout.prompt.token_ids + prefix, context + prefix, rollout.response_ids[start:], rollout.best)
 
 
 class Watched:

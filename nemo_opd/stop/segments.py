@@ -8,9 +8,11 @@ Rounds are collective. All ranks hold what all rollouts have written so far, ids
 rank whose own rollouts are finished goes on scoring those of others. Work is not moved from a rank whose rollouts run
 on to one whose rollouts ended: tokens and log-probabilities stay where they were drawn.
 
-No key-value cache is kept between rounds, of student or teacher: each reads a response again from its start. With a
-response of L tokens in segments of G, that is about L^2 / 2G positions of prefill, cheap next to L decode steps as long
-as G is some hundred tokens. While the rule is not active there is one round.
+The `hf` generator and the teacher keep no key-value cache between rounds: each reads a response again from its start.
+With a response of L tokens in segments of G, that is about L^2 / 2G positions of prefill, cheap next to L decode steps
+as long as G is some hundred tokens. vLLM servers continue from their prefix cache, in blocks, as long as it holds a
+response. A response that was cut asks for nothing more: its place is free for the next. While the rule is not active
+there is one round.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from nemo_opd.stop.divergence import Span
 from nemo_opd.stop.kat import Context, Judged, TrapWatch, Watched
 from nemo_opd.stop.rule import Verdict
 from nemo_opd.teacher.contexts import TeacherContext
-from nemo_opd.types import Author, Finish, GenerateRequest, Rollout, Sampling, StopRequested
+from nemo_opd.types import Author, BestIds, Finish, GenerateRequest, Rollout, Sampling, StopRequested
 
 Contexts = Callable[[Sequence[GenerateRequest]], Sequence[Context]]
 """What the teacher sees before each response, known before anything is written."""
@@ -61,11 +63,11 @@ class _Track:
         """Tokens drawn."""
         return sum(map(len, self.written))
 
-    def newest_span(self) -> Span:
-        """The last segment, after all that was written before it."""
+    def newest_span(self, best: BestIds | None) -> Span:
+        """The last segment, after all that was written before it. `best`: known to the rank that wrote it."""
         assert self.teacher_context is not None
         earlier = tuple(torch.cat(self.written[:-1]).tolist()) if len(self.written) > 1 else ()
-        return Span(self.student_context + earlier, self.teacher_context + earlier, self.written[-1])
+        return Span(self.student_context + earlier, self.teacher_context + earlier, self.written[-1], best)
 
 
 @dataclass
@@ -124,7 +126,7 @@ class SegmentedGenerator:
             interrupted = not self._write(running, limited, stop_requested) or stop_requested()
             if not self._share(tracks, running, interrupted, last=end == sampling.max_new_tokens):
                 return
-            self._judge(tracks, threshold)
+            self._judge(tracks, running, threshold)
             for mine in running:
                 if not tracks[mine.number].running:
                     yield self._finished(mine, tracks[mine.number])
@@ -169,13 +171,15 @@ class SegmentedGenerator:
             _read_segments(part[1:], tracks)
         return True
 
-    def _judge(self, tracks: Sequence[_Track], threshold: float | None) -> None:
+    def _judge(self, tracks: Sequence[_Track], own: Sequence[_Own], threshold: float | None) -> None:
         """Score what is new, and end what the rule cuts. Collective."""
-        running = [track for track in tracks if track.running]
-        new = [track for track in running if track.teacher_context is not None and len(track.written[-1])]
-        for track, values in zip(new, self._watch.measure([track.newest_span() for track in new]), strict=True):
+        best = {mine.number: mine.rollout.best for mine in own if mine.rollout is not None}
+        running = [(number, track) for number, track in enumerate(tracks) if track.running]
+        new = [(n, track) for n, track in running if track.teacher_context is not None and len(track.written[-1])]
+        spans = [track.newest_span(best.get(number)) for number, track in new]
+        for (_, track), values in zip(new, self._watch.measure(spans), strict=True):
             track.divergence.append(values)
-        for track in running:
+        for _, track in running:
             verdict = self._watch.rule.judge(torch.cat([*track.divergence, torch.empty(0)]), threshold)
             if track.over or verdict.kept is not None:
                 track.verdict = verdict
@@ -183,7 +187,9 @@ class SegmentedGenerator:
     def _finished(self, mine: _Own, track: _Track) -> Rollout:
         assert mine.rollout is not None and track.verdict is not None
         kept = track.verdict.kept
-        return mine.rollout if kept is None else shortened(mine.rollout, track.start + kept, self._decode)
+        if kept is None:
+            return replace(mine.rollout, best=None)
+        return shortened(mine.rollout, track.start + kept, self._decode)
 
 
 def _key(request: GenerateRequest) -> tuple[int, int, int]:

@@ -29,6 +29,11 @@ def check_sampling(sampling: Sampling) -> None:
             raise ValueError(f"sampling.{name}: got {getattr(sampling, name)}; expected {expected}")
 
 
+def tells_its_own(sampling: Sampling) -> bool:
+    """Is the log-probability that `draw` reports the model's own, at temperature 1 over the whole vocabulary?"""
+    return sampling.greedy or (sampling.temperature == 1.0 and sampling.top_p == 1.0 and sampling.top_k == 0)
+
+
 def _keep_top_k(logits: Tensor, k: int) -> Tensor:
     """-inf below the k-th largest logit of each row. Ties with the k-th stay, as in transformers and vLLM."""
     threshold = logits.topk(k, dim=-1).values[:, -1:]

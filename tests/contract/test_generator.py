@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.protocols import Generator
 from nemo_opd.engines.vllm.calls import Servers
+from nemo_opd.engines.vllm.client import ServerRefused
 from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import Author, Finish, GenerateRequest, Prompt, Rollout, Sampling
@@ -322,6 +323,49 @@ def test_load_weights_changes_answers_and_labels(
     assert all(bool((r.policy_version == -1).all()) for r in before.values())
     assert all(torch.equal(after[key].response_ids, fresh[key].response_ids) for key in after)
     assert any(not torch.equal(after[key].response_ids, before[key].response_ids) for key in after)
+
+
+def test_the_best_ids_are_those_of_the_weights_that_drew(
+    vllm_maker: GeneratorMaker, folder: Path, other_weights: dict[str, torch.Tensor]
+) -> None:
+    """New weights come while responses are being written; then their beginnings are continued."""
+    generator = vllm_maker(folder, 16)
+    assert isinstance(generator, VLLMGenerator)
+    generator.load_weights(load_file(folder / "model.safetensors").items(), version=0)
+    requests, rollouts = requests_for(prompts(8), 2), []
+    for rollout in generator.telling(6).generate(requests, Sampling(120), never):
+        if not rollouts:
+            generator.load_weights(iter(other_weights.items()), version=1)
+        rollouts.append(rollout)
+    assert {1} < {len(rollout.policy_version.unique()) for rollout in rollouts}, "blind unless versions meet"
+    longest = max((rollout.response_ids for rollout in rollouts), key=len)
+    begun = [replace(request, prefix_ids=tuple(longest[:9].tolist())) for request in requests_for(prompts(1), 4)]
+    rollouts += generator.telling(6).generate(begun, Sampling(20), never)
+    reference = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2)]
+    reference[1].load_state_dict(other_weights)
+    for rollout in rollouts:
+        assert rollout.best is not None
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids.tolist()]])
+        first = len(rollout.prompt.token_ids) - 1
+        with torch.no_grad():
+            both = torch.stack([model(ids).logits[0, first:-1].log_softmax(-1) for model in reference])
+        drawn = rollout.policy_version >= 0
+        rows = both[rollout.policy_version.clamp(min=0), torch.arange(len(drawn))][drawn]
+        assert (rollout.best.ids.dtype, rollout.best.ids.shape) == (torch.int32, (int(drawn.sum()), 6))
+        torch.testing.assert_close(rollout.best.logprobs.double(), rows.topk(6).values, rtol=0, atol=2e-5)
+        named = rows.gather(1, rollout.best.ids.long())
+        torch.testing.assert_close(rollout.best.logprobs.double(), named, rtol=0, atol=2e-5)
+        assert not rollout.best.logprobs.is_inference()
+
+
+def test_the_best_ids_want_the_models_own_distribution(vllm_maker: GeneratorMaker, folder: Path) -> None:
+    generator = vllm_maker(folder, 4)
+    assert isinstance(generator, VLLMGenerator)
+    with pytest.raises(ValueError, match="temperature 1"):
+        generator.telling(6).generate(requests_for(prompts(1), 1), Sampling(4, temperature=0.9), never)
+    with pytest.raises(ServerRefused, match="expected 0 to 40"):
+        list(generator.telling(41).generate(requests_for(prompts(1), 1), Sampling(4), never))
+    assert all(r.best is None for r in generator.generate(requests_for(prompts(1), 1), Sampling(4), never))
 
 
 def _broken_off(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

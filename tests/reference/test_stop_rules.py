@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.helpers.attempts import attempt
 from tests.helpers.ranks import RankPool
-from tests.helpers.workspace import make_workspace, workspace_config
+from tests.helpers.workspace import make_workspace
 
 SMALL = ("stop.window=2", "stop.consecutive=2", "stop.warmup_samples=8", "stop.warmup_steps=1", "stop.k=8",
          "rollout.max_new_tokens=14")  # fmt: skip
 KAT = ("algorithm=kat", "stop.segment_tokens=3", *SMALL)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What a run left behind."""
-
-    metrics: list[dict[str, float]]
-    weights: dict[str, Tensor]
-    algorithm: dict[str, Any]
-
-
-def _attempt(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...], steps: int) -> Attempt:
-    """Start or resume the run of `run_dir` and save after so many steps."""
-    from nemo_opd.assemble import assemble
-    from nemo_opd.engines.megatron.parallel import destroy_student_groups
-    from nemo_opd.loop import one_step, refit_generator, save
-    from nemo_opd.processes import Processes
-    from nemo_opd.reliability.stop import StopRequest
-
-    destroy_student_groups()  # of an earlier attempt in this process
-    Path(run_dir).mkdir(exist_ok=True)
-    config = workspace_config(Path(folder), *overrides, run_dir=Path(run_dir))
-    processes = Processes.current()
-    run = assemble(config, processes, StopRequest(Path(run_dir), "test", processes))
-    refit_generator(run)
-    reports = [one_step(run) for _ in range(steps)]
-    save(run)
-    if run.recorder:
-        run.recorder.close()
-    weights = {name: tensor.clone() for name, tensor in run.trainer.export_weights()}
-    return Attempt([dict(report.metrics) for report in reports if report], weights, run.state.algorithm)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_resumed_run_equals_an_undisturbed_one(
     ranks1: RankPool, folder: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    [whole] = ranks1.run(_attempt, str(folder), str(tmp_path / "whole"), overrides, 4)
-    [first] = ranks1.run(_attempt, str(folder), str(tmp_path / "parts"), overrides, 2)
-    [second] = ranks1.run(_attempt, str(folder), str(tmp_path / "parts"), overrides, 2)
+    [whole] = ranks1.run(attempt, str(folder), str(tmp_path / "whole"), overrides, 4)
+    [first] = ranks1.run(attempt, str(folder), str(tmp_path / "parts"), overrides, 2)
+    [second] = ranks1.run(attempt, str(folder), str(tmp_path / "parts"), overrides, 2)
     assert all(torch.equal(second.weights[name], tensor) for name, tensor in whole.weights.items())
     assert second.algorithm == whole.algorithm
     [state] = whole.algorithm.values()
@@ -82,8 +49,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(
 
 
 def test_both_forms_train_on_the_same_tokens(ranks1: RankPool, folder: Path, tmp_path: Path) -> None:
-    [segments] = ranks1.run(_attempt, str(folder), str(tmp_path / "segments"), KAT, 3)
-    [after] = ranks1.run(_attempt, str(folder), str(tmp_path / "after"), (*KAT, "stop.form=after"), 3)
+    [segments] = ranks1.run(attempt, str(folder), str(tmp_path / "segments"), KAT, 3)
+    [after] = ranks1.run(attempt, str(folder), str(tmp_path / "after"), (*KAT, "stop.form=after"), 3)
     for ours, theirs in zip(segments.metrics, after.metrics, strict=True):
         for name in ("tokens/trained", "kat/tokens_kept", "kat/trigger_rate"):
             assert ours[name] == theirs[name]
@@ -94,8 +61,8 @@ def test_both_forms_train_on_the_same_tokens(ranks1: RankPool, folder: Path, tmp
 def test_any_layout_cuts_alike(ranks1: RankPool, ranks2: RankPool, folder: Path, tmp_path: Path) -> None:
     """Both ranks write, the teacher's stages lie on both, and each works out the divergence of some rollouts."""
     layout = ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2")
-    [alone] = ranks1.run(_attempt, str(folder), str(tmp_path / "alone"), KAT, 2)
-    first, second = ranks2.run(_attempt, str(folder), str(tmp_path / "two"), (*KAT, *layout), 2)
+    [alone] = ranks1.run(attempt, str(folder), str(tmp_path / "alone"), KAT, 2)
+    first, second = ranks2.run(attempt, str(folder), str(tmp_path / "two"), (*KAT, *layout), 2)
     assert first.algorithm == second.algorithm
     for ours, theirs, other in zip(alone.metrics, first.metrics, second.metrics, strict=True):
         kat = [name for name in ours if name.startswith("kat/")]
@@ -106,7 +73,7 @@ def test_any_layout_cuts_alike(ranks1: RankPool, ranks2: RankPool, folder: Path,
 
 
 def test_a_fixed_length(ranks1: RankPool, folder: Path, tmp_path: Path) -> None:
-    [run] = ranks1.run(_attempt, str(folder), str(tmp_path / "fixed"), ("stop=fixed", "stop.length=5"), 1)
+    [run] = ranks1.run(attempt, str(folder), str(tmp_path / "fixed"), ("stop=fixed", "stop.length=5"), 1)
     [metrics] = run.metrics
     assert metrics["response/length_max"] == 5
     assert metrics["tokens/trained"] == metrics["tokens/written"] <= 8 * 5

@@ -23,7 +23,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from nemo_opd.engines.vllm.sampler import SeededSampler
 from nemo_opd.engines.vllm.settings import DISK, WRITER, ServerSettings
@@ -46,6 +46,7 @@ _IDLE_SECONDS = 0.2
 
 def make_engine(settings: ServerSettings) -> LLMEngine:
     """Loads the model. No code of a model folder is run, and only safetensors are read."""
+    output_processor.LogprobsProcessor = _NumbersAsTheyAre
     role = _writer_arguments(settings) if settings.role == WRITER else _teacher_arguments(settings)
     engine = LLMEngine.from_engine_args(
         EngineArgs(
@@ -84,7 +85,6 @@ def _writer_arguments(settings: ServerSettings) -> dict[str, Any]:
 
 
 def _teacher_arguments(settings: ServerSettings) -> dict[str, Any]:
-    output_processor.LogprobsProcessor = _TensorsAsTheyAre
     return {
         "max_model_len": -1 if settings.max_positions is None else settings.max_positions,  # -1: what memory holds
         "max_num_batched_tokens": settings.batch_tokens,
@@ -95,11 +95,17 @@ def _teacher_arguments(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
-class _TensorsAsTheyAre(LogprobsProcessor):
-    """vLLM would make lists of Python's numbers, thirty times as large, of what is going to be tensors again."""
+class _NumbersAsTheyAre(LogprobsProcessor):
+    """vLLM would make Python's objects, thirty times as large, of what is going to be tensors again."""
 
     def _update_prompt_logprobs(self, prompt_logprobs_tensors: LogprobsTensors) -> None:
         self.prompt_logprobs = prompt_logprobs_tensors
+
+    def _update_sample_logprobs(self, logprobs_lists: LogprobsLists) -> None:
+        """A pair of rows (ids, numbers) for each token, copied out of the arrays of the whole batch."""
+        count = 1 + self.num_logprobs
+        ids, numbers = logprobs_lists.logprob_token_ids, logprobs_lists.logprobs
+        self.logprobs.extend((i[:count].copy(), n[:count].copy()) for i, n in zip(ids, numbers, strict=True))
 
 
 def _has_gpu() -> bool:

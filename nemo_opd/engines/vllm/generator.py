@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ import torch
 from torch import Tensor
 
 from nemo_opd.engines.generation import Finished, check_generate_request, is_over, limit_of, nothing_drawn, rollout_of
-from nemo_opd.engines.protocols import NamedTensor
+from nemo_opd.engines.protocols import Generator, NamedTensor
 from nemo_opd.engines.vllm.calls import Calls, Servers
 from nemo_opd.engines.vllm.settings import WRITER
 from nemo_opd.engines.vllm.transport import transport_of
-from nemo_opd.engines.vllm.wire import Attach, BadMessage, Generate, WireRequest, WireSampling, Written
+from nemo_opd.engines.vllm.wire import Attach, BadMessage, Generate, WireRequest, WireSampling, Written, unpacked
 from nemo_opd.processes import Processes
 from nemo_opd.refit.folder import tensor_shapes
 from nemo_opd.refit.manifest import WeightCheck
-from nemo_opd.types import GenerateRequest, Rollout, Sampling, StopRequested
-from nemo_opd.vocab.sampling import check_sampling
+from nemo_opd.types import BestIds, GenerateRequest, Rollout, Sampling, StopRequested
+from nemo_opd.vocab.sampling import check_sampling, tells_its_own
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ class VLLMGenerator:
         return self._open("resent").resent
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested, best: int = 0
     ) -> Iterator[Rollout]:
-        """Yield each rollout as it finishes; see `Generator.generate`.
+        """Yield each rollout as it finishes; see `Generator.generate`. With `best` they hold `Rollout.best`: so many of
+        the student's most probable ids at every token that it drew.
 
         Raises, at the call: ValueError for bad sampling values or a request that does not fit the model, RuntimeError
         when the generator is closed or its last set of weights was incomplete. While it runs: ServerGone when no
@@ -111,12 +113,14 @@ class VLLMGenerator:
                 reason = f"{self._refusal}; load a complete set of weights first"
                 raise RuntimeError(f"generator refuses to generate: {reason}")
         check_sampling(sampling)
+        if best and not tells_its_own(sampling):
+            raise ValueError(f"sampling: got {sampling}; expected temperature 1, no top_p and top_k, for best ids")
         for request in requests:
             check_generate_request(request, sampling, self.vocab_size, self._positions)
-        return self._run(calls, requests, sampling, stop_requested)
+        return self._run(calls, requests, sampling, stop_requested, best)
 
     def _run(
-        self, calls: Calls, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested
+        self, calls: Calls, requests: Sequence[GenerateRequest], sampling: Sampling, stop: StopRequested, best: int
     ) -> Iterator[Rollout]:
         waiting: list[WireRequest] = []
         for position, request in enumerate(requests):
@@ -131,11 +135,15 @@ class VLLMGenerator:
             session=self._servers.session,
             sampling=WireSampling.of(sampling),
             eos_ids=self._eos_ids,
+            best=best,
         )
         for line in calls.ask(form, stop):
-            yield rollout_of(self._finished(requests, line), self._eos_ids, self._decode)
+            finished, told = self._finished(requests, line, best)
+            yield replace(rollout_of(finished, self._eos_ids, self._decode), best=told)
 
-    def _finished(self, requests: Sequence[GenerateRequest], line: Mapping[str, Any]) -> Finished:
+    def _finished(
+        self, requests: Sequence[GenerateRequest], line: Mapping[str, Any], best: int
+    ) -> tuple[Finished, BestIds | None]:
         request = requests[line["key"]]
         if "error" in line:
             raise RuntimeError(f"generator: prompt {request.prompt.index}, sample {request.sample}: {line['error']}")
@@ -147,7 +155,12 @@ class VLLMGenerator:
         if drawn and not -1 <= int(versions[prefix:].max()) <= self._newest:
             raise BadMessage(f"tokens of policy version {int(versions.max())}; expected at most {self._newest}")
         ids = torch.tensor([*request.prefix_ids, *written.ids], dtype=torch.int64)
-        return Finished(request, ids, torch.tensor([*[float("nan")] * prefix, *written.logprobs]), versions)
+        logprobs = torch.tensor([*[float("nan")] * prefix, *written.logprobs])
+        return Finished(request, ids, logprobs, versions), _best(written.best, drawn, best)
+
+    def telling(self, k: int) -> Generator:
+        """This one as a generator whose rollouts hold the k best ids."""
+        return _Telling(self, k)
 
     def load_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
         """Have every server take `weights`, in the way of `Servers.transport`: the first process does, the others look
@@ -211,6 +224,36 @@ class VLLMGenerator:
         if self._calls is None:
             raise RuntimeError(f"generator: got {call} after close; make a new one")
         return self._calls
+
+
+@dataclass(frozen=True)
+class _Telling:
+    """See `VLLMGenerator.telling`."""
+
+    generator: VLLMGenerator
+    k: int
+
+    @property
+    def version(self) -> int:
+        return self.generator.version
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
+    ) -> Iterator[Rollout]:
+        return self.generator.generate(requests, sampling, stop_requested, self.k)
+
+    def load_weights(self, weights: Iterable[NamedTensor], version: int) -> None:
+        self.generator.load_weights(weights, version)
+
+    def close(self) -> None:
+        self.generator.close()
+
+
+def _best(text: str, tokens: int, k: int) -> BestIds | None:
+    """Raises BadMessage for something else than was asked for."""
+    if not k:
+        return None
+    return BestIds(**unpacked(text, {"ids": (torch.int32, (tokens, k)), "logprobs": (torch.float32, (tokens, k))}))
 
 
 def _wire_request(position: int, request: GenerateRequest, sampling: Sampling) -> WireRequest:

@@ -177,6 +177,8 @@ class Generate(Form):
     session: str
     sampling: WireSampling
     eos_ids: tuple[int, ...]
+    best: int = 0
+    """Most probable ids that are reported for each token, 0 for none. Wants temperature 1 without top_p and top_k."""
 
     @classmethod
     def read(cls, values: object) -> Generate:
@@ -195,6 +197,8 @@ class Written(_Message):
     """nats, of the distribution that was drawn from"""
     versions: Sequence[Sequence[int]]
     """[policy version, first token] of each run of tokens that one version wrote"""
+    best: str
+    """`packed`: ids int32 and logprobs float32 [tokens, k], see `nemo_opd.types.BestIds`; empty unless asked for"""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -17,7 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from nemo_opd.engines.vllm.engine import EngineThread
 from nemo_opd.engines.vllm.receiver import Receiver
-from nemo_opd.engines.vllm.sampler import NOT_FINITE, draw_arguments
+from nemo_opd.engines.vllm.sampler import draw_arguments, reported_ids, told
 from nemo_opd.engines.vllm.served import Line, Served
 from nemo_opd.engines.vllm.settings import DISK, ServerSettings
 from nemo_opd.engines.vllm.wire import (
@@ -33,9 +36,11 @@ from nemo_opd.engines.vllm.wire import (
     Transfer,
     WireRequest,
     Written,
+    packed,
 )
 from nemo_opd.refit.folder import check_folder, tensor_shapes
 from nemo_opd.types import Sampling
+from nemo_opd.vocab.sampling import tells_its_own
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,7 @@ class Writer(Served):
         self._expected = tensor_shapes(Path(settings.model))
         self._own_weights = True
         self._changing = asyncio.Lock()
+        self._tokens = dict.fromkeys(("written", "read", "cached"), 0)
         self._settled = asyncio.Event()
         self._settled.set()
         self._receiver = Receiver(engine)
@@ -59,7 +65,7 @@ class Writer(Served):
     def health(self) -> dict[str, Any]:
         health = super().health()
         status = "refusing" if self.refusal and health["status"] == "ready" else health["status"]
-        return {**health, "status": status, "version": self.version}
+        return {**health, "status": status, "version": self.version, "tokens": dict(self._tokens)}
 
     async def attach(self, message: Attach) -> None:
         """Give the server to a new session: what the one before asked for is dropped, versions begin again."""
@@ -190,6 +196,7 @@ class Writer(Served):
         """A line for each response as it finishes; leaving early drops what is not finished. Weights that are being
         loaded are waited for. It breaks off, without an ``end``, when its requests were dropped."""
         self.check_session(message.session)
+        sampling, reported = self._sampling(message)
         waited = False
         while not self._settled.is_set():
             waited = True
@@ -201,24 +208,48 @@ class Writer(Served):
         if self.refusal:
             raise Refused(503, f"refuses to write: {self.refusal}")
         await self._wake()
-        asked = [(r.key, [*r.prompt, *r.prefix], _parameters(r, message)) for r in message.requests]
-        async with aclosing(self._stream(asked, _written)) as lines:
+        asked = [
+            (r.key, [*r.prompt, *r.prefix], _parameters(r, sampling, message.eos_ids, reported))
+            for r in message.requests
+        ]
+        async with aclosing(self._stream(asked, partial(self._written, message.best))) as lines:
             async for line in lines:
                 yield line
 
+    def _sampling(self, message: Generate) -> tuple[Sampling, int]:
+        """How it is drawn, and how many ids vLLM reports. Raises Refused for best ids that cannot be said."""
+        drawn, vocab_size = message.sampling, self.engine.config.get_vocab_size()
+        sampling = Sampling(1, drawn.temperature, drawn.top_p, drawn.top_k, drawn.greedy)
+        if not 0 <= message.best <= vocab_size:
+            raise Refused(400, f"best: got {message.best}; expected 0 to {vocab_size}")
+        if message.best and not tells_its_own(sampling):
+            raise Refused(400, f"best: got {message.best} with {drawn}; expected temperature 1 without top_p and top_k")
+        return sampling, reported_ids(message.best, vocab_size)
 
-def _parameters(request: WireRequest, message: Generate) -> SamplingParams:
-    drawn = message.sampling
-    sampling = Sampling(1, drawn.temperature, drawn.top_p, drawn.top_k, drawn.greedy)
+    def _written(self, best: int, key: int, answer: RequestOutput) -> Written:
+        output = answer.outputs[0]
+        assert output.logprobs is not None
+        pairs = zip(*output.logprobs, strict=True)  # rows, as `engine` keeps them
+        ids, logits = (torch.from_numpy(np.stack(rows)) for rows in pairs)
+        logprobs, said = told(ids, logits, best)
+        spans = [[_number(span.version), span.start] for span in output.weight_versions or ()]
+        self._tokens["written"] += len(output.token_ids)
+        self._tokens["read"] += len(answer.prompt_token_ids or ())
+        self._tokens["cached"] += answer.num_cached_tokens or 0
+        numbers = "" if said is None else packed({"ids": said.ids, "logprobs": said.logprobs})
+        return Written(key, tuple(output.token_ids), logprobs.tolist(), spans, numbers)
+
+
+def _parameters(request: WireRequest, sampling: Sampling, eos_ids: Sequence[int], reported: int) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,  # the logits processor draws
         max_tokens=request.tokens,
-        stop_token_ids=list(message.eos_ids),
+        stop_token_ids=list(eos_ids),
         ignore_eos=True,
-        logprobs=0,
+        logprobs=reported,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=draw_arguments(sampling, request.seed, len(request.prefix)),
+        extra_args=draw_arguments(sampling, request.seed, len(request.prefix), tells_best=reported > 0),
     )
 
 
@@ -226,16 +257,6 @@ def _begin_version(engine: LLMEngine, version: int) -> None:
     if not engine.reset_prefix_cache(reset_running_requests=True):
         raise RuntimeError("keys and values of the old weights could not be dropped")
     engine.set_weight_version(str(version))
-
-
-def _written(key: int, answer: RequestOutput) -> Written:
-    output = answer.outputs[0]
-    assert output.logprobs is not None
-    logprobs = [position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)]
-    if any(logprob >= NOT_FINITE for logprob in logprobs):
-        raise ValueError("the logits are not finite; the policy diverged")
-    spans = [[_number(span.version), span.start] for span in output.weight_versions or ()]
-    return Written(key, tuple(output.token_ids), logprobs, spans)
 
 
 def _number(version: str) -> int:

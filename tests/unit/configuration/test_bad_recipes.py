@@ -31,6 +31,7 @@ SERVED = ("teacher.engine=vllm", "teacher.servers.urls=http://node1:8000")
 STANDING = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1")
 AHEAD = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1", "rollout.servers.weights_dir=/w",
          "rollout.staleness=2")  # fmt: skip
+WRITTEN = ("rollout.engine=vllm", "rollout.servers.urls=http://node1:8000", "rollout.servers.weights_dir=weights")
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
 CASES = [
@@ -196,6 +197,16 @@ CASES = [
     Bad("whole_divergence_from_a_served_teacher", "stop.divergence: got full; expected tail with teacher.engine=vllm, "
         "which reports a few log-probabilities per token; set stop.divergence=tail",
         (*SERVED, "loss=k2", "stop=kat", "stop.divergence=full", "stop.window=8", "stop.stride=8")),
+    *(Bad(f"{name}_of_a_stop_rule_on_servers", f"{name}: got {got}; expected {only} with rollout.engine=vllm and stop "
+          f"length_matched, as servers say the best ids of the model's own distribution; {way_out}rollout.engine=hf",
+          (*WRITTEN, "stop=length_matched", "stop.window=8", "stop.stride=8", f"{name}={got}"))
+      for name, got, only, way_out in (
+          ("stop.divergence", "full", "tail", "set stop.divergence=tail, or "),
+          ("stop.support", "teacher", "student", "set stop.support=student, or "),
+          ("rollout.temperature", "0.7", "1.0", "leave it out, or set "),
+          ("rollout.top_p", "0.9", "1.0", "leave it out, or set "),
+          ("rollout.top_k", "20", "0", "leave it out, or set "),
+      )),
     Bad("servers_of_no_teacher", "teacher.servers: got settings; expected none with engine megatron; set "
         "teacher.engine=vllm, or leave teacher.servers out", ("teacher.servers.count=2",)),
     Bad("ipc_between_gpus", "rollout.servers.placement: got separate; expected colocated with transport ipc, by which "
@@ -353,6 +364,9 @@ CASES = [
     Bad("ahead_of_the_teacher", "rollout.staleness: got 2; expected 0 with prefix teacher, as the teacher begins the "
         "responses in the trainer's processes; leave staleness out, or set prefix=student",
         (*AHEAD, "prefix=teacher")),
+    Bad("segments_ahead", "stop.form: got segments; expected after with rollout.staleness=2, as every rank and the "
+        "teacher take part between two segments; set stop.form=after, or leave staleness out",
+        (*AHEAD, "stop=kat", "stop.window=8", "stop.stride=8")),
     Bad("redrawn_ahead", "reward.equal_groups: got redraw; expected keep or drop with rollout.staleness=2, as further "
         "prompts would be begun when the step is due; choose one of these, or leave staleness out",
         (*AHEAD, "reward=group_relative", "reward.equal_groups=redraw", "verify.name=exact",

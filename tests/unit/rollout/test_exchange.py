@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
 from nemo_opd.processes import Processes
 from nemo_opd.rollout.exchange import gather_rollouts
-from nemo_opd.types import Rollout
+from nemo_opd.types import BestIds, Rollout
 from tests.helpers.ranks import RankPool
 from tests.helpers.rollouts import make_rollout
 
@@ -45,3 +45,25 @@ def test_all_fields_survive_in_canonical_order(ranks2: RankPool):
 
 def test_one_process_without_rollouts():
     assert gather_rollouts(Processes(), [], [], str) == []
+
+
+def _with_best(rank: int) -> list[bool]:
+    """Which of the gathered rollouts hold their best ids, on this rank; those that do hold their own."""
+    mine = [replace(r, best=_best(r)) for r in _everyone() if (r.prompt.index + r.sample) % 2 == rank]
+    prompts = [rollout.prompt for rollout in _everyone()[::2]]
+    gathered = gather_rollouts(Processes.current(), mine, prompts, lambda ids: "")
+    for rollout in gathered:
+        if rollout.best is not None:
+            assert torch.equal(rollout.best.ids, _best(rollout).ids)
+    return [rollout.best is not None for rollout in gathered]
+
+
+def _best(rollout: Rollout) -> BestIds:
+    ids = rollout.response_ids[:, None].int()
+    return BestIds(ids, torch.zeros(ids.shape))
+
+
+def test_what_the_writer_said_stays_with_it(ranks2: RankPool):
+    first, second = ranks2.run(_with_best)
+    assert first == [(r.prompt.index + r.sample) % 2 == 0 for r in _everyone()]
+    assert second == [not held for held in first]

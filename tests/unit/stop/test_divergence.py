@@ -14,7 +14,7 @@ from nemo_opd.engines.protocols import Scorer
 from nemo_opd.processes import Processes
 from nemo_opd.stop import divergence
 from nemo_opd.stop.divergence import FullDivergence, Measure, Span, TailDivergence
-from nemo_opd.types import ScoreRequest, TeacherNeeds, TeacherScores
+from nemo_opd.types import BestIds, Need, ScoreRequest, TeacherNeeds, TeacherScores
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_model
 
@@ -106,6 +106,42 @@ def test_segments_of_a_response_have_the_values_of_the_whole(models: tuple[HFSco
     found = measure(parts)
     for number, expected in enumerate(measure(whole)):
         torch.testing.assert_close(torch.cat(found[2 * number : 2 * number + 2]), expected, rtol=0, atol=1e-4)
+
+
+def told(processes: Processes, k: int = 5) -> list[Span]:
+    """The spans with what the student says of them, each on one rank alone."""
+    student, numbered = scorers()[0], list(enumerate(spans()))
+    asked = [span.request(number, processes.rank, teacher=False) for number, span in numbered]
+    answers = {answer.key: answer for answer in student.score(asked, TeacherNeeds(Need.TOP_K, k))}
+    found = []
+    for number, span in numbered:
+        answer, mine = answers[number], number % 3 % processes.size == processes.rank
+        assert answer.ids is not None and answer.id_logprobs is not None
+        found.append(replace(span, best=BestIds(answer.ids.int(), answer.id_logprobs) if mine else None))
+    return found
+
+
+def measured_of_writers(rank: int, count: int) -> list[list[float]]:
+    processes = Processes.current()
+    measure = Measure(TailDivergence(None, scorers()[1], 5, processes), processes, of_writers=True)
+    return [values.tolist() for values in measure(told(processes)[:count])]
+
+
+def test_what_the_student_said_is_what_it_says(models: tuple[HFScorer, HFScorer], ranks2: RankPool) -> None:
+    expected = Measure(TailDivergence(*models, 5, ALONE), ALONE)(spans())
+    found = Measure(TailDivergence(None, models[1], 5, ALONE), ALONE, of_writers=True)(told(ALONE))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+    for count in (7, 1):  # with one span a rank has nothing to say
+        first, second = ranks2.run(measured_of_writers, count)
+        assert first == second
+        for got, wanted in zip(first, expected[:count], strict=True):
+            torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_span_of_which_nobody_knows_what_the_student_said(models: tuple[HFScorer, HFScorer]) -> None:
+    measure = Measure(TailDivergence(None, models[1], 5, ALONE), ALONE, of_writers=True)
+    with pytest.raises(AssertionError, match="one rank knows"):
+        measure([*told(ALONE), *spans()])
 
 
 class Deaf(Scorer):

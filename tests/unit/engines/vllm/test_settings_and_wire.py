@@ -68,6 +68,7 @@ MESSAGE = Generate(
     "session",
     WireSampling(1.0, 0.9, 0, False),
     (1, 2),
+    64,
 )
 SCORE = Score((WireScore(0, (3, 4), (5,), ""), WireScore(1, (3,), (1, 2), "AAAA")), "sampled", 0)
 
@@ -75,7 +76,7 @@ SCORE = Score((WireScore(0, (3, 4), (5,), ""), WireScore(1, (3,), (1, 2), "AAAA"
 def test_messages_survive_json() -> None:
     assert Generate.read(json.loads(json.dumps(MESSAGE.to_dict()))) == MESSAGE
     assert Score.read(json.loads(json.dumps(SCORE.to_dict()))) == SCORE
-    written = Written(3, (1, 2), [-0.5, -1e-9], [[4, 0]])
+    written = Written(3, (1, 2), [-0.5, -1e-9], [[4, 0]], "AAAA")
     assert Written.read(json.loads(json.dumps(written.to_dict()))) == written
 
 
@@ -85,6 +86,7 @@ def test_messages_survive_json() -> None:
         {"session": None},
         {"eos_ids": [1, "2"]},
         {"eos_ids": [True]},
+        {"best": None},
         {"requests": [{}]},
         {"requests": {"key": 1}},
         {"sampling": {"temperature": 1.0}},
