@@ -71,6 +71,9 @@ class ServersConfig:
     node, a shared file system beyond; null: one in shared memory, for servers of our own."""
     start_seconds: float = 600.0
     """In which servers of our own must listen."""
+    restarts: int = 3
+    """So often a server of our own that ended is started again. A writer joins with the next weights, a teacher at
+    once."""
     load_seconds: float = 600.0
     """In which a server must have taken a set of weights."""
     stuck_seconds: float = 300.0

@@ -89,6 +89,7 @@ RANGES: dict[str, tuple[float, float]] = {
         for section in ("rollout", "teacher")
         for name, bounds in {
             "count": (1, 4096),
+            "restarts": (0, math.inf),
             "tensor_parallel_size": (1, 64),
             "memory_share": (0.01, 1.0),
             "cpu_cache_gib": (1, math.inf),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,11 +21,15 @@ from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.client import ServerGone, ServerRefused
 from nemo_opd.engines.vllm.generator import VLLMGenerator
+from nemo_opd.engines.vllm.wire import Generate, WireRequest, WireSampling
 from nemo_opd.refit.folder import write_folder
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
+from tests.helpers.megatron import recipe
+from tests.helpers.ranks import RankPool
 from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
+from tests.reliability.refit_by_ranks import digest, train_and_refit
 
 pytestmark = pytest.mark.slow
 
@@ -246,3 +253,64 @@ def test_servers_end_with_the_process_that_started_them(fleet: Writers) -> None:
     pids = [fleet.local.process(name).pid for name in ("0", "1")]
     fleet.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_every_tensor_of_a_split_trainer_reaches_the_server(
+    fleet: Writers, ranks4: RankPool
+) -> None:
+    """Trainer at TP 2 x PP 2. Each tensor that vLLM's own loader reads from the folder that the server took has the
+    hash of the trainer's, and what the server writes is what these weights write."""
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+    layout = {"student__tensor_model_parallel_size": 2, "student__pipeline_model_parallel_size": 2}
+    config = recipe(fleet.model, optimizer__lr=1e-2, **layout)
+    servers = Servers([fleet.url(0)], "tp2 pp2", fleet.scratch, KEY)
+    kept = fleet.scratch / "kept"
+    watcher = Keeper(fleet.scratch, kept)
+    hashes = ranks4.run(train_and_refit, config, servers)
+    watcher.end()
+    assert all(other == hashes[0] for other in hashes)
+    files = sorted(map(str, kept.glob("*.safetensors")))
+    read = {name: tensor.clone() for name, tensor in safetensors_weights_iterator(files, use_tqdm_on_load=False)}
+    assert {name: digest(tensor) for name, tensor in read.items()} == hashes[0]
+    start = load_file(fleet.model / "model.safetensors")
+    assert all(not torch.equal(start[name], read[name]) for name in start), "the step moved every tensor"
+    hf = HFGenerator(fleet.model, eos_ids=())
+    hf.load_weights(read.items(), 1)
+    wanted = tokens(list(hf.generate(requests(8), LONG, never)))
+    answer = httpx.post(
+        fleet.url(0) + "/generate",
+        json=generate_message("tp2 pp2", requests(8)),
+        headers={"authorization": f"Bearer {KEY}"},
+        timeout=60.0,
+    )
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert {line["key"]: line["ids"] for line in lines if "ids" in line} == wanted
+    assert all(line["versions"] == [[1, 0]] for line in lines if "ids" in line)
+
+
+class Keeper:
+    """Keeps a copy (by hard links) of the set of weights that comes to lie in a folder of weights."""
+
+    def __init__(self, weights_dir: Path, kept: Path) -> None:
+        self._known, self._dir, self._kept = set(weights_dir.glob("version-*")), weights_dir, kept
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.001):
+            for folder in set(self._dir.glob("version-*")) - self._known:
+                if (folder / "manifest.json").exists():
+                    shutil.copytree(folder, self._kept, copy_function=os.link)
+                    return
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def generate_message(session: str, some: list[GenerateRequest]) -> dict[str, object]:
+    """As `VLLMGenerator` sends it."""
+    wire = tuple(WireRequest(r.prompt.index, r.prompt.token_ids, (), r.seed, LONG.max_new_tokens) for r in some)
+    return Generate(wire, session, WireSampling.of(LONG), ()).to_dict()

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from nemo_opd.engines.vllm.settings import ServerSettings
 from nemo_opd.types import StopRequested
 
+log = logging.getLogger(__name__)
+
 _LOOK_SECONDS = 0.2
+_WATCH_SECONDS = 1.0
 _END_SECONDS = 10.0
 _TAIL = 15
 """Lines of the log of a server that did not start which are shown."""
@@ -35,6 +41,10 @@ class LocalServers:
         self._logs, self._scratch = logs, scratch
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ready: dict[str, Path] = {}
+        self._started: dict[str, tuple[ServerSettings, Mapping[str, str] | None]] = {}
+        self._restarts: dict[str, int] = {}
+        self._closing = threading.Event()
+        self._changing = threading.Lock()
 
     def start(self, name: str, settings: ServerSettings, environment: Mapping[str, str] | None = None) -> None:
         """Start the server `name`, which must not be running; it loads while the caller goes on.
@@ -56,6 +66,36 @@ class LocalServers:
                 env={**os.environ, **(environment or {})},
             )
         self._ready[name] = ready
+        self._started[name] = settings, environment
+
+    def watch(self, restarts: int) -> None:
+        """From now on a server that ended is started again, at the address that it had, at most `restarts` times each.
+        Call it when all of them listen."""
+        for name, ready in self._ready.items():
+            settings, environment = self._started[name]
+            port = urlsplit(json.loads(ready.read_text())["url"]).port
+            assert port is not None
+            self._started[name] = replace(settings, port=port), environment
+        threading.Thread(target=self._watch, args=(restarts,), name="server watch", daemon=True).start()
+
+    def _watch(self, restarts: int) -> None:
+        given_up: set[str] = set()
+        while not self._closing.wait(_WATCH_SECONDS):
+            for name in set(self._processes) - given_up:
+                with self._changing:
+                    status = self._processes[name].poll()
+                    if status is None or self._closing.is_set():
+                        continue
+                    made = self._restarts.get(name, 0)
+                    if made == restarts:
+                        given_up.add(name)
+                        log.error("the server %s ended (status %s) for the %d. time; it is not started again: %s",
+                                  name, status, made + 1, self._end_of_log(name))  # fmt: skip
+                        continue
+                    log.error("the server %s ended (status %s) and is started again; see %s", name, status,
+                              self._log(name))  # fmt: skip
+                    self._restarts[name] = made + 1
+                    self.start(name, *self._started[name])
 
     def urls(self, seconds: float, stop_requested: StopRequested = lambda: False) -> list[str]:
         """Addresses of all servers in the order of their start, once they listen; fewer when a stop is requested.
@@ -86,6 +126,11 @@ class LocalServers:
 
     def close(self) -> None:
         """End all servers: asked first, then killed with all that they started. Idempotent."""
+        self._closing.set()
+        with self._changing:
+            self._end()
+
+    def _end(self) -> None:
         for process in self._processes.values():
             if process.poll() is None:
                 process.terminate()

@@ -99,7 +99,9 @@ class RunServers:
             return [url.strip() for url in settings.urls.split(",") if url.strip()]
         assert self._local is not None
         log.info("waiting for %d %s server(s)", settings.count, self._name)
-        return self._local.urls(settings.start_seconds)
+        urls = self._local.urls(settings.start_seconds)
+        self._local.watch(settings.restarts)
+        return urls
 
     def close(self) -> None:
         """End servers of our own and remove what lies in shared memory. Idempotent."""
