@@ -36,10 +36,6 @@ class Servers:
     weights_dir: Path
     """Where sets of weights are written: the writers' own `weights_dir`, as this process sees it."""
     key: str | None = None
-    transport: str = DISK
-    """How weights reach them; see `transport`."""
-    sleep: bool = False
-    """They share the trainer's GPUs, and give the memory up while it trains."""
     slots: int = 64
     """Requests that one server is given at a time."""
     stuck_seconds: float = 300.0
@@ -48,6 +44,10 @@ class Servers:
     """In which a server must have taken a set of weights."""
     silence_seconds: float = SILENCE_SECONDS
     """A server that says nothing for so long, not even that it is alive, is given up."""
+    transport: str = DISK
+    """How weights reach them; see `transport`."""
+    sleep: bool = False
+    """They share the trainer's GPUs, and give the memory up while it trains."""
 
 
 class Calls:
