@@ -219,7 +219,7 @@ def post(fleet: Writers, path: str, values: object, key: str = KEY) -> int:
 
 def test_only_our_routes_exist_and_all_want_the_key(fleet: Writers) -> None:
     assert httpx.get(f"{fleet.url(0)}/health").status_code == 401
-    for path in ("/attach", "/generate", "/refit"):
+    for path in ("/attach", "/generate", "/refit", "/transfer", "/sleep"):
         assert httpx.post(f"{fleet.url(0)}{path}", json={}).status_code == 401
         assert post(fleet, path, {}, key="another") == 401
         assert post(fleet, path, {}) == 400
@@ -230,7 +230,7 @@ def test_only_our_routes_exist_and_all_want_the_key(fleet: Writers) -> None:
         "/v1/models",
         "/v1/completions",
         "/collective_rpc",
-        "/sleep",
+        "/wake_up",
         "/score",
         "/metrics",
     ):
