@@ -280,7 +280,7 @@ def build_early(
 def build_teacher_context(config: Config, routing: Routing | None) -> TeacherContext:
     """What the teacher sees, rendered by its own chat template."""
     tokenizers = [teacher_tokenizer(config, key) for key in config.every_teacher()]
-    contexts = [build_context(config.context, t, config.run.seed, config.data.answer_key) for t in tokenizers]
+    contexts = [build_context(config.context, t, config.run.seed, config.data) for t in tokenizers]
     return contexts[0] if routing is None else RoutedContext(contexts, routing)
 
 

@@ -129,6 +129,9 @@ class DataConfig:
     """Field that names which of `teachers` scores the record; null: all of them do, mixed by weight."""
     chat_template: bool = True
     """Render through the tokenizer's chat template; False feeds the text as it is."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template reads, by name, as in ``{enable_thinking: false}`` (Qwen3); the teacher's template is
+    given the same where it renders a context of its own."""
     system_prompt: str | None = None
     shuffle: bool = True
     max_prompt_tokens: int = 1024

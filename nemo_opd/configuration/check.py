@@ -30,6 +30,7 @@ from nemo_opd.configuration.server_rules import server_rules
 from nemo_opd.configuration.staleness_rules import staleness_rules
 from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.configuration.teacher_rules import teacher_rules
+from nemo_opd.configuration.template_rules import template_rules
 from nemo_opd.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -189,6 +190,7 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         prefix_rules,
         server_rules,
         staleness_rules,
+        template_rules,
         context_rules,
         reward_rules,
         _served_scores,

@@ -40,6 +40,9 @@ class Setting:
     where: str
 
 
+FREE = "data.template_arguments"
+"""The section whose keys are not ours: words and numbers under names that a chat template knows."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 Layer = dict[str, Setting]
@@ -175,6 +178,7 @@ def _typed(settings: Layer, names: Mapping[str, str], members: Mapping[str, type
         section, name = member.split(".")
         tree[section][name] = OmegaConf.structured(schema)
         fields |= _fields(schema, names, f"{member}.")
+    fields |= {key: object for key in settings if key.startswith(f"{FREE}.")}
     for key, setting in settings.items():
         if key not in fields:
             raise _unknown(key, setting, fields, names)
@@ -249,6 +253,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _type_in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    words[object] = "a text, a number, true or false"
     return " or ".join(words.get(member, str(member)) for member in _members(kind))
 
 

@@ -139,7 +139,7 @@ def write_responses(config: Config, prompts: int) -> list[Rollout]:
 
 def measure(config: Config, slot: SlotConfig, scorer: Scorer, rollouts: Sequence[Rollout], draws: int) -> Agreement:
     """Agreement of the teacher under one context with the verifier, where it has a context and a whole score."""
-    context = build_context(slot, teacher_tokenizer(config), config.run.seed, config.data.answer_key)
+    context = build_context(slot, teacher_tokenizer(config), config.run.seed, config.data)
     contexts = context.context_ids(rollouts)
     requests = [
         ScoreRequest(i, ids, rollouts[i].response_ids)

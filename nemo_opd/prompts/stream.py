@@ -177,7 +177,7 @@ class PromptStream:
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._data.chat_template:
-            return render_chat(self._tokenizer, messages)
+            return render_chat(self._tokenizer, messages, self._data.template_arguments)
         return render_text(self._tokenizer, messages[0]["content"])
 
     def _skip(self, reason: str, index: int, detail: str) -> None:

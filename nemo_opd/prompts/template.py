@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_opd.errors import ConfigError
@@ -99,19 +100,32 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], arguments: Mapping[str, Any] = NO_ARGUMENTS
+) -> tuple[int, ...]:
     """Token ids of a conversation with the opening of the assistant's turn, by the tokenizer's chat template.
 
     Special tokens are the template's business, so none are added around it.
 
+    Args:
+        arguments: what else the template reads, `data.template_arguments`.
+
     Raises:
         ConfigError: the tokenizer has no chat template, or the template refuses the conversation.
     """
-    return tuple(tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(chat_text(tokenizer, messages, arguments), add_special_tokens=False)["input_ids"])
 
 
-def chat_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The text that `render_chat` tokenises; raises what it raises."""
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    open_turn: bool = True,
+) -> str:
+    """The text that `render_chat` tokenises, or the conversation alone (`open_turn` False); raises what it raises."""
     import jinja2
 
     if not tokenizer.chat_template:
@@ -120,7 +134,9 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
             "set data.chat_template=false to feed the text as it is",
         )  # fmt: skip
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=open_turn, **arguments
+        )
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ConfigError(
             "data.chat_template", f"a template error ({error})", "messages that the template accepts",

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_opd.errors import ConfigError
-from nemo_opd.prompts.template import Message, Tokenizer, chat_text, render_chat
+from nemo_opd.prompts.template import NO_ARGUMENTS, Message, Tokenizer, chat_text, render_chat
 
 PARAGRAPH = "\n\n"
 """Stands between a message and what is added to it."""
@@ -79,18 +80,19 @@ class ContextRenderer:
     Args:
         tokenizer: the teacher's.
         place: `user` (after the last user message) or `system`.
+        arguments: what else the template reads, `data.template_arguments`.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or it has no room for the insertion.
     """
 
-    def __init__(self, tokenizer: Tokenizer, place: str = "user") -> None:
+    def __init__(self, tokenizer: Tokenizer, place: str = "user", arguments: Mapping[str, Any] = NO_ARGUMENTS) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
                 "teacher.model", "a tokenizer without a chat template", "one to put the teacher's context in",
                 "choose a teacher that has one, or context=same_prompt",
             )  # fmt: skip
-        self._tokenizer, self._place = tokenizer, place
+        self._tokenizer, self._place, self._arguments = tokenizer, place, arguments
         self.control = ControlTokens(tokenizer)
         try:
             self.render([{"role": "user", "content": "?"}], (), "", "")
@@ -116,7 +118,7 @@ class ContextRenderer:
 
     def plain(self, messages: Sequence[Message]) -> Rendered:
         """The conversation as it is."""
-        return Rendered(render_chat(self._tokenizer, messages))
+        return Rendered(render_chat(self._tokenizer, messages, self._arguments))
 
     def render(self, messages: Sequence[Message], inserted: tuple[int, ...], left: str, right: str) -> Rendered:
         """The conversation with `inserted` in it, between the recipe's own words `left` and `right`.
@@ -125,7 +127,8 @@ class ContextRenderer:
             ConfigError: the chat template refuses the conversation, or shows the message never or twice.
         """
         mark = _unused_mark([*(m["content"] for m in messages), left, right])
-        text = chat_text(self._tokenizer, _added(messages, self._place, f"{left}{mark}{right}"))
+        changed = _added(messages, self._place, f"{left}{mark}{right}")
+        text = chat_text(self._tokenizer, changed, self._arguments)
         parts = text.split(mark)
         if len(parts) != 2:
             raise ConfigError(

@@ -270,6 +270,15 @@ CASES = [
     Bad("context_without_teacher", "context.name: got peers; expected same_prompt, as loss cross_entropy asks no "
         "teacher; leave it out or choose a loss with a teacher", ("algorithm=sft", "teacher.engine=none",
                                                                   "context=peers")),
+    Bad("template_argument_of_ours", "data.template_arguments.tokenize: got tokenize; expected a name that the chat "
+        "template reads, as enable_thinking; choose another, or leave it out",
+        ("data.template_arguments.tokenize=false",)),
+    Bad("template_argument_of_parts", "data.template_arguments.a: got {'b': 1}; expected a text, a number, true or "
+        "false; change the value", ("data.template_arguments.a.b=1",)),
+    Bad("template_arguments_as_value", "data.template_arguments: got '3'; expected", ("data.template_arguments=3",)),
+    Bad("template_argument_without_a_template", "data.chat_template: got False; expected true, as "
+        "data.template_arguments.a is for the chat template; set data.chat_template=true, or leave it out",
+        ("data.template_arguments.a=1", "data.chat_template=false")),
     Bad("context_without_chat_template", "data.chat_template: got False; expected true, as context peers adds to a "
         "message; set data.chat_template=true, or context=same_prompt", ("context=peers", "data.chat_template=false")),
     Bad("peers_of_one", "rollout.samples_per_prompt: got 1; expected at least 2, as peers are other rollouts of the "

@@ -112,6 +112,18 @@ def test_the_resolved_configuration_is_a_recipe(recipe: Path, tmp_path: Path) ->
     assert load(resolved, ["train.steps=99"]).train.steps == 99
 
 
+def test_arguments_of_a_chat_template_have_its_names(recipe: Path, tmp_path: Path) -> None:
+    section = "data:\n  template_arguments: {enable_thinking: true, n: 3}\n"
+    recipe.write_text(recipe.read_text().replace("data:\n", section))
+    words = ["data.template_arguments.enable_thinking=false", "data.template_arguments.effort=low"]
+    config = load(recipe, words)
+    assert config.data.template_arguments == {"enable_thinking": False, "n": 3, "effort": "low"}
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load(resolved) == config
+    assert load(recipe).data.template_arguments["enable_thinking"] is True
+
+
 def test_teachers_have_names_that_the_recipe_chooses(recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace("teacher:\n  model: teacher\n", "")
     recipe.write_text(text + "teachers:\n  math: {model: teacher, weight: 3}\n  code-2: {source: frozen}\n")

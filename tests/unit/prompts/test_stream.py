@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -34,6 +35,10 @@ def test_a_prompt_is_complete(data: DataConfig, tokenizer) -> None:
     assert prompt.messages == ({"role": "user", "content": "3+1="},)
     assert tokenizer.decode(prompt.token_ids) == "<bos><user>3+1=<assistant>"
     assert (prompt.answer, prompt.response, dict(prompt.meta)) == ("4", None, {"kind": "add"})
+    twin = copy.deepcopy(tokenizer)
+    twin.chat_template += "{{ ending }}"
+    told = PromptStream(replace(data, template_arguments={"ending": "#"}), twin).take(1)[0]
+    assert twin.decode(told.token_ids).endswith("+1=<assistant>#")
     written = PromptStream(data, tokenizer, needs_response=True).take(N)
     assert {p.index: p.response for p in written}[3] == "4"
 

@@ -32,6 +32,15 @@ def test_chat_is_what_transformers_renders(tokenizer) -> None:
     assert tokenizer.decode(expected) == "<bos><user>be brief<user>7+5=<assistant>"
 
 
+def test_the_template_is_given_the_recipes_arguments(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    plain = render_chat(tokenizer, (USER,))
+    tokenizer.chat_template += "{% if enable_thinking is false %}0{% endif %}"
+    assert render_chat(tokenizer, (USER,)) == render_chat(tokenizer, (USER,), {"enable_thinking": True}) == plain
+    told = render_chat(tokenizer, (USER,), {"enable_thinking": False})
+    assert tokenizer.decode(told) == tokenizer.decode(plain) + "0"
+
+
 def test_system_prompt_comes_first_unless_the_record_has_its_own() -> None:
     assert with_system_prompt((USER,), "be brief") == ({"role": "system", "content": "be brief"}, USER)
     assert with_system_prompt((USER,), None) == (USER,)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nemo_opd.config import PrivilegedContext
+from nemo_opd.config import DataConfig, PrivilegedContext
 from nemo_opd.errors import ConfigError
 from nemo_opd.prompts.template import render_chat
 from nemo_opd.teacher.build import build_context
@@ -23,7 +24,7 @@ def rollout(index: int, sample: int = 0, **meta: str) -> Rollout:
 
 
 def build(chatml: Any, answer_key: str = "answer", **parameters: Any) -> Privileged:
-    context = build_context(PrivilegedContext(**parameters), chatml, 0, answer_key)
+    context = build_context(PrivilegedContext(**parameters), chatml, 0, DataConfig(answer_key=answer_key))
     assert isinstance(context, Privileged)
     return context
 
@@ -86,3 +87,13 @@ def test_records_cannot_talk_to_the_teacher_and_are_cut(chatml: Any, caplog: pyt
         assert not set(one.inserted) & set(chatml.all_special_ids)
         assert chatml.decode(one.ids).count("<|im_start|>") == 2
     assert sum("cut to 6" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_template_is_given_the_recipes_arguments(chatml: Any) -> None:
+    twin = copy.deepcopy(chatml)
+    twin.chat_template = chatml.chat_template + "{% if enable_thinking is false %}<think>{% endif %}"
+    slot, rollouts = PrivilegedContext(text="even"), [rollout(1)]
+    [plain] = build_context(slot, twin, 0).context_ids(rollouts)
+    data = DataConfig(template_arguments={"enable_thinking": False})
+    [told] = build_context(slot, twin, 0, data).context_ids(rollouts)
+    assert plain is not None and told == (*plain, twin.convert_tokens_to_ids("<think>"))
