@@ -45,7 +45,13 @@ from nemo_opd.losses import build_loss, build_weight, for_prefix, with_reward
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
 from nemo_opd.prompts.stream import PromptStream, first_prompts
-from nemo_opd.prompts.template import Tokenizer, eos_token_ids, load_tokenizer, response_token_ids
+from nemo_opd.prompts.template import (
+    Tokenizer,
+    differing_tokens,
+    eos_token_ids,
+    load_tokenizer,
+    response_token_ids,
+)
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
@@ -397,16 +403,9 @@ def build_recorder(config: Config, state: RunState, tokenizer: Tokenizer) -> Rec
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, key: str = "teacher.model") -> None:
     """Refuse a teacher that maps text to other ids than the student: its scores would be about other tokens."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    token = next(iter(sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))))
-    raise ConfigError(
-        key,
-        f"token {token!r} with id {theirs.get(token)} (the student has {ours.get(token)})",
-        "the student's token ids",
-        "choose a teacher of the student's family",
-    )
+    for token, ours, theirs in differing_tokens(student, teacher):
+        got = f"token {token!r} with id {theirs} (the student has {ours})"
+        raise ConfigError(key, got, "the student's token ids", "choose a teacher of the student's family")
 
 
 def decoder(tokenizer: Tokenizer) -> Callable[[Tensor], str]:

@@ -1,4 +1,4 @@
-"""`nemo-opd`: train, evaluate, measure a teacher's signal, export, report, make data.
+"""`nemo-opd`: train, check before training, evaluate, measure a teacher's signal, export, report, make data.
 
 Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
 """
@@ -16,6 +16,7 @@ from nemo_opd import __version__
 from nemo_opd.config import Config
 from nemo_opd.configuration.folders import folder_kind
 from nemo_opd.configuration.load import load, to_yaml
+from nemo_opd.doctor.bounds import parse_bounds
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.lengths import parse_lengths
 from nemo_opd.launch import start
@@ -36,6 +37,7 @@ then, with the models and data that it made:
 
 exit codes:
   0    done
+  1    doctor: a check failed; its table says which, and what to do
   2    a setting or an argument that cannot work; one line on stderr says what to change
   65   stopped by the diagnosis, with a checkpoint; outcome.json in the run folder has the reason
   70   failed; outcome.json in the run folder has the reason
@@ -60,6 +62,18 @@ On a cluster: sbatch slurm/opd.sh RECIPE [key=value ...]
 Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and exits with 75; the same command goes on from there.
 A second Ctrl-C ends the run at once. The run folder holds config.yaml, metrics.jsonl, TensorBoard events,
 rollouts/*.jsonl, checkpoints/, outcome.json, log.txt and, of the other processes, logs/rank-N.txt.
+"""
+
+_DOCTOR = """
+examples:
+  nemo-opd doctor my.yaml
+  nemo-opd doctor my.yaml rollout.engine=vllm --prompts 16 --tokens 256
+  nemo-opd doctor my.yaml --static                              no model is built
+  nemo-opd doctor my.yaml --bound kl=0.005 --json
+
+What would make this run fail or lie: versions, disk, servers, token ids, ends, chat templates; then trainer, generator
+and teacher are built as `train` builds them and compared on the same sequences. Prints a table with every number and
+its bound, and exits with 1 when a check failed. Trains nothing, writes nothing into run.dir. See docs/doctor.md.
 """
 
 _EVAL = """
@@ -150,6 +164,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemo-opd {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     _add_train(_verb(verbs, "train", "train a student, or go on with a run", _TRAIN))
+    _add_doctor(_verb(verbs, "doctor", "what would make a run fail or lie, before it starts", _DOCTOR))
     _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
     _add_signal(_verb(verbs, "signal", "which teacher context tells good responses from bad ones", _SIGNAL))
     _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
@@ -173,6 +188,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "settings that win over the recipe's")
     parser.add_argument("--check", action="store_true", help="check the recipe, print every setting and start nothing")
     parser.set_defaults(run=_train)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file, see recipes/README.md")
+    parser.add_argument("--static", action="store_true", help="build no model: only what files and the machine tell")
+    parser.add_argument("--prompts", metavar="N", type=_count, default=8, help="prompts to answer (default 8)")
+    parser.add_argument("--tokens", metavar="N", type=_count, default=128, help="longest response (default 128)")
+    parser.add_argument(
+        "--reference",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="load models once more on another engine to compare with (auto: up to 4 GiB)",
+    )
+    parser.add_argument("--bound", metavar="NAME=N", action="append", default=[], help="another bound; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    _add_overrides(parser, "settings that win over the recipe's")
+    parser.set_defaults(run=_doctor)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +287,14 @@ def _train(args: argparse.Namespace) -> int:
         sys.stdout.write(to_yaml(config))
         return 0
     return start(config)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    load(args.recipe, args.overrides)  # what is wrong is said before anything heavy is imported
+    args.bound = parse_bounds(args.bound)
+    from nemo_opd.doctor import command
+
+    return command.main(args)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -89,8 +89,9 @@ def request_stop(run_dir: Path, attempt: str) -> None:
 class Children:
     """torchrun and the processes below it, and what a signal to us means for them."""
 
-    def __init__(self, run_dir: Path, attempt: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, attempt: str, saves: bool = True) -> None:
+        """`saves`: the first signal asks for a checkpoint; otherwise it ends all processes at once."""
+        self._run_dir, self._saves = run_dir, saves
         self._attempt = attempt
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = False
@@ -132,7 +133,7 @@ class Children:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
+        if not self._saves or (self._asked and number == signal.SIGINT):
             self.killed = True
             self.kill()
         elif not self._asked:

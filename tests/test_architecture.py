@@ -53,6 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"configuration", "reliability", *NOUNS},
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
     "tasks": {"prompts", *NOUNS},
+    "doctor": {
+        *("configuration", "engines.protocols", "engines.vllm.settings", "prompts", "rollout", *NOUNS),
+    },
     "loop": {
         *("engines.protocols", "checkpoint", "diagnosis", "evaluate", "losses", "observe", "packing", "prompts"),
         *("refit", "reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
@@ -71,11 +74,14 @@ PROGRAMS = {
     "evaluate.command",
     "evaluate.signal_command",
     "report.command",
+    "doctor.command",
+    "doctor.measure",
+    "doctor.worker",
 }
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock", "report")  # fmt: skip
+         "reliability.lock", "report", "doctor.bounds")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

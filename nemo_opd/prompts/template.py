@@ -93,6 +93,14 @@ def eos_token_ids(folder: str | Path, tokenizer: Tokenizer, key: str = "student.
     return tuple(ids)
 
 
+def differing_tokens(student: Tokenizer, teacher: Tokenizer) -> list[tuple[str, int | None, int | None]]:
+    """(token, the student's id, the teacher's id) of tokens that have two ids, or one of the two alone."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return []
+    return [(t, ours.get(t), theirs.get(t)) for t in sorted({*ours, *theirs}) if ours.get(t) != theirs.get(t)]
+
+
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
     """The conversation with the recipe's system prompt before it; a system message of the record's own wins."""
     if system_prompt is None or (messages and messages[0]["role"] == "system"):

@@ -1,0 +1,107 @@
+"""Packages, disk and servers: what the machine tells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_opd.doctor import network
+from nemo_opd.doctor.disk import (
+    disk_findings,
+    existing,
+    model_bytes,
+    parameter_count,
+    room,
+    shared_room,
+    synced,
+    written,
+)
+from nemo_opd.doctor.finding import Verdict
+from nemo_opd.doctor.installed import installed_version, packages, python, version_findings
+from tests.helpers.servers import free_port
+from tests.helpers.teachers import StandIn, standing
+from tests.helpers.workspace import make_workspace, workspace_config
+
+NAMED = (
+    "torch==2.13.0",
+    "engine>=2.9,<2.12; extra == 'gpu'",
+    "vllm==0.32.0; extra == 'vllm'",
+    "pytest==9.2.0; extra == 'dev'",
+)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("machine"), problems=4)
+
+
+@pytest.mark.parametrize(
+    ("have", "vllm", "wrong"),
+    [
+        ({"torch": "2.13.0"}, False, {}),
+        ({"torch": "2.13.0+cpu", "engine": "2.10.1", "vllm": "0.32.0"}, True, {}),
+        ({"torch": "2.14.0"}, False, {"torch": "warn"}),
+        ({}, False, {"torch": "fail"}),
+        ({"torch": "2.13.0", "engine": "2.8"}, False, {"engine": "fail"}),
+        ({"torch": "2.13.0", "engine": "2.12"}, False, {"engine": "warn"}),
+        ({"torch": "2.13.0", "pytest": "1"}, False, {}),
+        ({"torch": "2.13.0"}, True, {"vllm": "fail"}),
+        ({"torch": "2.13.0", "vllm": "0.33.0"}, True, {"vllm": "warn"}),
+    ],
+)
+def test_packages_against_what_is_named(have: dict[str, str], vllm: bool, wrong: dict[str, str]) -> None:
+    first, *rows = packages(NAMED, vllm, have.get)
+    assert first.verdict is Verdict.OK
+    assert {row.name.removeprefix("versions: "): row.verdict.value for row in rows} == wrong
+    assert all(row.way_out for row in rows)
+
+
+def test_this_environment(workspace: Path) -> None:
+    """What `make env` installs is what pyproject.toml names."""
+    assert {row.verdict for row in version_findings(workspace_config(workspace))} == {Verdict.OK}
+    assert python(">=99").verdict is Verdict.FAIL
+    assert installed_version("no-such-package") is None
+
+
+def test_the_disk(workspace: Path, tmp_path: Path) -> None:
+    config = workspace_config(workspace, run_dir=tmp_path / "deep" / "run")
+    assert {row.verdict for row in disk_findings(config)} == {Verdict.OK}
+    assert existing(Path(config.run.dir)) == tmp_path and list(tmp_path.iterdir()) == [], "nothing is left there"
+    assert written(Path("/proc")).verdict is Verdict.FAIL
+    assert synced(tmp_path).verdict is Verdict.OK
+
+
+def test_room_for_checkpoints(workspace: Path) -> None:
+    student = workspace / "student"
+    count = parameter_count(student)
+    assert count * 4 < model_bytes(student) < count * 4 + 20_000
+    config = workspace_config(workspace, "checkpoint.keep=3")
+    needed = 4 * count * 16 + model_bytes(student)
+    assert room(config, needed).verdict is Verdict.OK and room(config, needed - 1).verdict is Verdict.FAIL
+    assert shared_room(config, 8 * count).verdict is Verdict.OK
+    assert shared_room(config, 8 * count - 1).verdict is Verdict.FAIL
+
+
+def test_servers_that_stand_already(workspace: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("secret")
+    served, busy = StandIn(), StandIn()
+    busy.health = lambda: {"status": "ready", "steps": 4, "running": 3}  # type: ignore[method-assign]
+    gone = f"http://127.0.0.1:{free_port()}"
+    with standing(served, "secret") as one, standing(busy, "secret") as two:
+        config = workspace_config(
+            workspace,
+            *("loss=policy_gradient", "teacher.engine=vllm", f"teacher.servers.urls={one},{two},{gone}"),
+            f"teacher.servers.key_file={key}",
+        )
+        verdicts = {row.name.rpartition(" ")[2]: row.verdict for row in network.network_findings(config)}
+        assert verdicts == {"loopback": Verdict.OK, one: Verdict.OK, two: Verdict.WARN, gone: Verdict.FAIL}
+        key.write_text("another")
+        assert network.answers("x", one, "another").verdict is Verdict.FAIL
+        key.chmod(0o644)
+        assert [row.verdict for row in network.network_findings(config)][1:] == [Verdict.FAIL]
+    unused = replace(config, teacher=replace(config.teacher, engine="megatron"))
+    assert len(network.network_findings(unused)) == 1
