@@ -50,6 +50,8 @@ class ServersConfig:
     urls: str | None = None
     """Of servers that stand already, as in "http://node1:8000,http://node2:8000"; null: the run starts `count` of its
     own on this machine, and ends them."""
+    protocol: str = "own"
+    """What those at `urls` are: own (`nemo_opd.engines.vllm.server`), or openai (stock vLLM servers)"""
     count: int = 1
     tensor_parallel_size: int = 1
     """Processes (GPUs) of one server of our own."""

@@ -39,6 +39,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.engine": ("megatron", "hf", "vllm", "none"),
     "teacher.source": ("external", "current", "frozen", "ema"),
     "rollout.engine": ("hf", "vllm"),
+    "rollout.servers.protocol": ("own", "openai"),
+    "teacher.servers.protocol": ("own", "openai"),
     "rollout.servers.placement": ("separate", "colocated"),
     "rollout.servers.transport": ("disk", "nccl", "ipc", "gloo"),
     "rollout.dtype": ("bfloat16", "float32", "float64"),
@@ -368,6 +370,13 @@ def _scoring_model(key: str, name: str, teacher: TeacherConfig, student: ModelSi
     if sizes.vocabulary < student.vocabulary:
         got, expected = f"a vocabulary of {sizes.vocabulary}", f"at least the student's {student.vocabulary}"
         raise ConfigError(f"{key}.{name}", got, expected, "use a teacher that knows every token of the student")
+    if teacher.servers.protocol == "openai" and sizes.vocabulary > student.vocabulary:
+        expected = (
+            f"own for a teacher of {sizes.vocabulary} ids and a student of {student.vocabulary}, as a stock server's "
+            "probabilities are about all ids that its model knows"
+        )
+        way_out = "serve it with nemo_opd.engines.vllm.server (scored_ids), or leave urls out too"
+        raise ConfigError(f"{key}.servers.protocol", "openai", expected, way_out)
     if teacher.engine == "vllm" and sizes.positions is not None:  # a server keeps one for a token that it would write
         return replace(sizes, positions=sizes.positions - 1)
     return sizes

@@ -14,6 +14,7 @@ SERVED_LOSSES = (
     "policy_gradient, k2, trust_region with loss.outlier=mask or clip, and stop_gradient, tail or renormalised with "
     "loss.teacher=scores and loss.support=teacher or intersection"
 )
+STOCK_TEMPERATURE = 2.0
 
 
 def server_rules(config: Config) -> None:
@@ -34,6 +35,8 @@ def _writers(config: Config) -> None:
     if isinstance(config.prefix, TeacherMixedPrefix):
         expected = "hf with prefix teacher_mixed, where both models draw each token together"
         raise ConfigError("rollout.engine", "vllm", expected, "set rollout.engine=hf")
+    if config.rollout.servers.protocol == "openai":
+        _stock_writers(config)
     if isinstance(config.stop, TrapStop):
         _best_ids(config, config.stop)
     if config.rollout.dtype == "float64":
@@ -45,6 +48,38 @@ def _writers(config: Config) -> None:
         expected = "the folder that these servers read weights from"
         raise ConfigError("rollout.servers.weights_dir", "nothing", expected, way_out)
     _reachable("rollout.servers", servers)
+
+
+def _stock_writers(config: Config) -> None:
+    """What vLLM's own HTTP server does not do."""
+    key, servers = "rollout.servers", config.rollout.servers
+    _stock(key, servers)
+    if servers.transport != "disk":
+        expected = "disk with protocol openai: a stock server takes weights from a folder"
+        raise ConfigError(f"{key}.transport", servers.transport, expected, "leave transport out, or protocol")
+    if servers.placement != "separate":
+        expected = "separate with protocol openai: a stock server keeps its memory"
+        raise ConfigError(f"{key}.placement", servers.placement, expected, "leave placement out, or protocol")
+    temperatures = {
+        "rollout.temperature": config.rollout.temperature,
+        "evaluate.temperature": config.evaluate.temperature,
+    }
+    for name, got in temperatures.items():
+        if got > STOCK_TEMPERATURE:
+            expected = f"at most {STOCK_TEMPERATURE:g} with rollout.servers.protocol=openai, vLLM's limit over HTTP"
+            raise ConfigError(name, got, expected, "lower it, or leave protocol out")
+    if config.rollout.staleness:
+        expected = "0 with rollout.servers.protocol=openai: stock servers take weights only while they write nothing"
+        raise ConfigError("rollout.staleness", config.rollout.staleness, expected, "leave staleness out, or protocol")
+    if isinstance(config.stop, TrapStop):
+        expected = f"own with stop {config.stop.name}, which reads the student's distribution while it writes"
+        raise ConfigError(f"{key}.protocol", "openai", expected, "leave protocol out, or stop")
+
+
+def _stock(key: str, servers: ServersConfig) -> None:
+    if servers.urls is None:
+        expected = "own for servers that the run starts itself"
+        raise ConfigError(f"{key}.protocol", "openai", expected, f"set {key}.urls, or leave protocol out")
 
 
 def _transport(servers: ServersConfig) -> None:
@@ -91,6 +126,11 @@ def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
         expected = f"nothing with {key}.engine=vllm, whose servers hold one model"
         way_out = f"set {key}.engine=megatron, or choose another loss"
         raise ConfigError(f"{key}.base_model", teacher.base_model, expected, way_out)
+    if teacher.servers.protocol == "openai":
+        _stock(f"{key}.servers", teacher.servers)
+        if isinstance(config.stop, TrapStop) and config.stop.support == "student":
+            expected = f"teacher with {key}.servers.protocol=openai, as a stock server scores no ids that it is given"
+            raise ConfigError("stop.support", "student", expected, f"set it, or leave {key}.servers.protocol out")
     if teacher.dtype == "float64":
         raise ConfigError(f"{key}.dtype", "float64", "bfloat16 or float32 with engine vllm", "choose one of these")
     if teacher.servers.weights_dir is not None:

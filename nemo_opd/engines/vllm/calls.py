@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from nemo_opd.engines.vllm.client import SILENCE_SECONDS, Client
 from nemo_opd.engines.vllm.pool import Pool, Return
 from nemo_opd.engines.vllm.settings import DISK
+from nemo_opd.engines.vllm.stock import Stock, StockClient
 from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit, Sleep
 from nemo_opd.types import StopRequested
 
@@ -48,6 +49,15 @@ class Servers:
     """How weights reach them; see `transport`."""
     sleep: bool = False
     """They share the trainer's GPUs, and give the memory up while it trains."""
+    stock: Stock | None = None
+    """They are stock vLLM servers; None: nemo_opd's own."""
+
+    def client(self, url: str) -> Client | StockClient:
+        """Of one of them, for the event loop that is running."""
+        limits = (self.stuck_seconds, self.silence_seconds)
+        if self.stock is None:
+            return Client(url, self.key, *limits)
+        return StockClient(url, self.key, *limits, self.stock, self.weights_dir)
 
 
 class Calls:
@@ -66,8 +76,7 @@ class Calls:
 
     async def _make_pool(self) -> Pool:
         servers = self._servers
-        limits = (servers.stuck_seconds, servers.silence_seconds)
-        return Pool([Client(url, servers.key, *limits) for url in servers.urls], servers.slots, self._comeback)
+        return Pool([servers.client(url) for url in servers.urls], servers.slots, self._comeback)
 
     @property
     def resent(self) -> int:

@@ -85,7 +85,7 @@ class Client:
         Raises ServerGone when the stream breaks off, nothing moves any more, or the server has no whole set of weights
         (503); ServerRefused for another answer.
         """
-        progress = _Progress(self._stuck_seconds)
+        progress = Progress(self._stuck_seconds)
         try:
             async with self._http.stream("POST", message.path, json=message.to_dict()) as response:
                 if response.status_code != httpx.codes.OK:
@@ -116,7 +116,9 @@ class Client:
         await self._http.aclose()
 
 
-class _Progress:
+class Progress:
+    """Of an engine that counts something: is it stuck?"""
+
     def __init__(self, stuck_seconds: float) -> None:
         self._limit, self._steps = stuck_seconds, -1
         self.moved()

@@ -9,10 +9,14 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_opd.engines.vllm.client import CONNECT_SECONDS, Client, ServerGone, ServerRefused
+from nemo_opd.engines.vllm.client import CONNECT_SECONDS, ServerGone, ServerRefused
+from nemo_opd.engines.vllm.client import Client as OwnClient
+from nemo_opd.engines.vllm.stock import StockClient
 from nemo_opd.engines.vllm.wire import Attach, Attached, Form, Refit, Sleep, Transfer
 
 log = logging.getLogger(__name__)
+
+Client = OwnClient | StockClient
 
 Tell = Callable[[dict[str, Any]], None]
 """Told of each line about a request, from the event loop's thread."""

@@ -17,6 +17,7 @@ from nemo_opd.config import Config, ServersConfig
 from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.local import LocalServers, devices_of
 from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
+from nemo_opd.engines.vllm.stock import Stock
 from nemo_opd.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class RunServers:
         """
         self._name, self._settings, self._processes = name, settings, processes
         self._slots, self._weights_dir = server.max_running, server.weights_dir
+        stock = settings.protocol == "openai"
+        self._stock = Stock(Path(server.model), server.role) if stock else None
         self._scratch: Path | None = None
         self._local: LocalServers | None = None
         if settings.urls is None and processes.is_first:
@@ -91,6 +94,7 @@ class RunServers:
             slots=self._slots,
             stuck_seconds=settings.stuck_seconds,
             load_seconds=settings.load_seconds,
+            stock=self._stock,
         )
 
     def _urls(self) -> list[str]:

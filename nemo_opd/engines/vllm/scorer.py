@@ -80,7 +80,8 @@ class VLLMScorer:
             if server.scored_ids != vocab_size:
                 raise ValueError(
                     f"teacher server {url}: got probabilities over {server.scored_ids} ids; expected the student's "
-                    f"{vocab_size}; start it with scored_ids={vocab_size} and a teacher that knows all of them"
+                    f"{vocab_size}; start nemo_opd's own server with scored_ids={vocab_size} and a teacher that knows "
+                    "all of them"
                 )
             if weights not in ("", server.weights):
                 raise ValueError(
@@ -127,7 +128,8 @@ class VLLMScorer:
         if needs.need is Need.AT_IDS and not self._at_ids:
             raise ValueError(
                 "a teacher on vLLM servers: got AT_IDS; expected SAMPLED or TOP_K, as servers without a GPU score ids "
-                "that are given for small vocabularies only; let the teacher choose the ids, or serve it on a GPU"
+                "that are given for small vocabularies only, and stock vLLM servers none; let the teacher choose the "
+                "ids, or serve it with nemo_opd's own server on a GPU"
             )
         check_needs(needs, self._vocab_size)
 

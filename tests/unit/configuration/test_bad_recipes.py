@@ -32,6 +32,7 @@ STANDING = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1")
 AHEAD = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1", "rollout.servers.weights_dir=/w",
          "rollout.staleness=2")  # fmt: skip
 WRITTEN = ("rollout.engine=vllm", "rollout.servers.urls=http://node1:8000", "rollout.servers.weights_dir=weights")
+STOCK = (*STANDING, "rollout.servers.protocol=openai", "rollout.servers.weights_dir=w")
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
 CASES = [
@@ -223,6 +224,39 @@ CASES = [
     Bad("ahead_on_the_same_gpus", "rollout.staleness: got 1; expected 0 with placement colocated, where writing and "
         "training take turns on the same GPUs; set rollout.servers.placement=separate, or leave staleness out",
         (*STANDING, "rollout.servers.weights_dir=w", "rollout.servers.placement=colocated", "rollout.staleness=1")),
+    Bad("stock_servers_of_our_own", "rollout.servers.protocol: got openai; expected own for servers that the run "
+        "starts itself; set rollout.servers.urls, or leave protocol out",
+        ("rollout.engine=vllm", "rollout.servers.protocol=openai")),
+    Bad("unknown_protocol", "rollout.servers.protocol: got http; expected one of own, openai",
+        (*STANDING, "rollout.servers.protocol=http")),
+    Bad("broadcast_to_stock_servers", "rollout.servers.transport: got nccl; expected disk with protocol openai: a "
+        "stock server takes weights from a folder; leave transport out, or protocol",
+        (*STOCK, "rollout.servers.transport=nccl")),
+    Bad("stock_servers_asleep", "rollout.servers.placement: got colocated; expected separate with protocol openai: a "
+        "stock server keeps its memory; leave placement out, or protocol",
+        (*STOCK, "rollout.servers.placement=colocated")),
+    Bad("stock_servers_ahead", "rollout.staleness: got 1; expected 0 with rollout.servers.protocol=openai: stock "
+        "servers take weights only while they write nothing; leave staleness out, or protocol",
+        (*STOCK, "rollout.staleness=1")),
+    Bad("hotter_than_stock_servers", "rollout.temperature: got 3.0; expected at most 2 with rollout.servers.protocol="
+        "openai, vLLM's limit over HTTP; lower it, or leave protocol out", (*STOCK, "rollout.temperature=3")),
+    Bad("traps_on_stock_servers", "rollout.servers.protocol: got openai; expected own with stop kat, which reads the "
+        "student's distribution while it writes; leave protocol out, or stop",
+        (*STOCK, "stop=kat", "stop.window=8", "stop.stride=8")),
+    Bad("no_folder_for_stock_servers", "rollout.servers.weights_dir: got nothing; expected the folder that these "
+        "servers read weights from", (*STANDING, "rollout.servers.protocol=openai")),
+    Bad("given_ids_of_a_stock_teacher", "stop.support: got student; expected teacher with teacher.servers.protocol="
+        "openai, as a stock server scores no ids that it is given; set it, or leave teacher.servers.protocol out",
+        (*SERVED, "loss=k2", "teacher.servers.protocol=openai", "stop=kat", "stop.window=8", "stop.stride=8",
+         "stop.support=student")),
+    Bad("stock_teacher_of_our_own", "teacher.servers.protocol: got openai; expected own for servers that the run "
+        "starts itself; set teacher.servers.urls, or leave protocol out",
+        (*SERVED[:1], "loss=k2", "teacher.servers.protocol=openai")),
+    Bad("stock_teacher_that_knows_more", "teacher.servers.protocol: got openai; expected own for a teacher of 100 ids "
+        "and a student of 96, as a stock server's probabilities are about all ids that its model knows; serve it with "
+        "nemo_opd.engines.vllm.server (scored_ids), or leave urls out too",
+        (*SERVED, "loss=k2", "teacher.servers.protocol=openai", "teacher.model=big"),
+        prepare=lambda folder: write_model(folder / "big", vocab_size=100)),
     Bad("sleeping_teacher", "teacher.servers.placement: got colocated; expected nothing, as it is about servers that "
         "write; leave it out", (*SERVED, "loss=k2", "teacher.servers.placement=colocated")),
     Bad("weights_for_a_teacher", "teacher.servers.weights_dir: got weights; expected nothing, as a teacher takes no "
