@@ -119,7 +119,7 @@ def test_what_is_written_has_the_logprobs_it_was_drawn_with(
         assert not bool(ends[:-1].any()), "a response ends with its first EOS, which is part of it"
         assert (rollout.finish is Finish.EOS) == bool(ends[-1])
     assert {rollout.finish for rollout in rollouts} == {Finish.EOS, Finish.LENGTH}
-    assert len({tuple(rollout.response_ids.tolist()) for rollout in rollouts}) > 20
+    assert len({tuple(rollout.response_ids.tolist()) for rollout in rollouts}) > 12
 
 
 def test_a_prefix_is_continued_and_a_seed_writes_the_same_again(server: StockServer, tmp_path: Path) -> None:
@@ -154,15 +154,12 @@ def test_new_weights_write_what_comes_next(server: StockServer, other: Path, tmp
         list(before.generate(requests(2), Sampling(4), never))
     before.close()
     generator.close()
+    with pytest.raises(ServerRefused, match="other weights than those it was started with"):
+        VLLMScorer(servers_of(server, tmp_path, TEACHER), IDS, rank=0)
     generator = generator_of(server, tmp_path, session="evaluates again")  # with the weights of the server's own folder
     for rollout in generator.generate(requests(4), Sampling(8), never):
         assert float((rollout.sampler_logprobs - logprobs(server.model, rollout, Sampling(8))).abs().max()) < BOUND
     generator.close()
-
-
-def test_scores_of_a_server_that_was_given_other_weights_are_refused(server: StockServer, tmp_path: Path) -> None:
-    with pytest.raises(ServerRefused, match="other weights than those it was started with"):
-        VLLMScorer(servers_of(server, tmp_path, TEACHER), IDS, rank=0)
 
 
 def test_a_server_killed_while_it_writes(server: StockServer, tmp_path: Path) -> None:

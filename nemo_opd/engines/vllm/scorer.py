@@ -80,7 +80,7 @@ class VLLMScorer:
             if server.scored_ids != vocab_size:
                 raise ValueError(
                     f"teacher server {url}: got probabilities over {server.scored_ids} ids; expected the student's "
-                    f"{vocab_size}; start nemo_opd's own server with scored_ids={vocab_size} and a teacher that knows "
+                    f"{vocab_size}; start it with scored_ids={vocab_size} (nemo_opd's own) and a teacher that knows "
                     "all of them"
                 )
             if weights not in ("", server.weights):

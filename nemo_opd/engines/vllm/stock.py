@@ -37,7 +37,6 @@ from nemo_opd.engines.vllm.wire import (
     Sleep,
     Transfer,
     WireRequest,
-    WireSampling,
     WireScore,
 )
 from nemo_opd.types import Need
@@ -48,6 +47,8 @@ Result = TypeVar("Result")
 _OWN_WEIGHTS = "default"
 """vLLM's name for the weights that a server was started with."""
 _NONE_YET, _LOADING = "none", "loading"
+_KEEP_SECONDS = 2.0
+"""Of an idle connection: vLLM drops one after 5 s, and a request must not meet that."""
 _COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
@@ -93,7 +94,7 @@ class StockClient:
             base_url=self.url,
             headers={} if key is None else {"authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(self._silence, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_SECONDS),
             trust_env=False,
         )
         self._known: _About | None = None
@@ -104,10 +105,12 @@ class StockClient:
     async def attach(self, message: Attach, seconds: float) -> Attached:
         """Asks the server for a token, so that one which cannot do what it will be asked for is refused now."""
         self._known = None
+        if self._stock.role == WRITER and await self._weight_version() is not None:
+            await self._call("POST", "/resume")  # a trainer that was killed while weights moved left it paused
         about, vllm = await self._about(), str((await self._call("GET", "/version")).get("version"))
         if self._stock.role == WRITER:
             await self._begin_session(message, about, seconds)
-        elif await self._weight_version() not in (None, _OWN_WEIGHTS):
+        elif not _are_own(await self._weight_version()):
             reason = "it was given other weights than those it was started with; start it again"
             raise ServerRefused(self.url, httpx.codes.CONFLICT, reason)
         folder = Path(about.root) if Path(about.root).is_dir() else self._stock.model
@@ -133,11 +136,10 @@ class StockClient:
                     "trained; start it with VLLM_SERVER_DEV_MODE=1, or a server of nemo_opd (protocol own)",
                 )
             return
-        if message.reload and current != _OWN_WEIGHTS:
+        if message.reload and not _are_own(current):
             await self._load(message.session, -1, about.root, seconds)
         else:
             await self._set_version(message.session, -1 if message.reload else _NONE_YET)
-            await self._call("POST", "/resume")
 
     async def refit(self, message: Refit, seconds: float) -> None:
         """Nothing must be under way: what is, the server breaks off."""
@@ -233,12 +235,12 @@ class StockClient:
             return {"key": request.key, "error": answer}
         return self._understood(lambda: words.scored(request, need, k, answer)).to_dict()
 
-    async def _completed(self, body: words.Body) -> Line | str:
-        """The answer; or why this request came to nothing, though the server lives. It may take as long as it likes:
-        `_watch` sees whether anything moves."""
+    async def _completed(self, body: words.Body, seconds: float | None = None) -> Line | str:
+        """The answer; or why this request came to nothing, though the server lives. Without `seconds` it may take as
+        long as it likes: `_watch` sees whether anything moves."""
         try:
             response = await self._http.post(
-                "/v1/completions", json=body, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+                "/v1/completions", json=body, timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS)
             )
         except httpx.HTTPError as error:
             raise self._gone(error) from error
@@ -288,7 +290,7 @@ class StockClient:
             card = next((card for card in cards if card.get("parent") is None), None)
             if card is None or not isinstance(card.get("max_model_len"), int):
                 raise ServerRefused(self.url, httpx.codes.OK, f"got models {str(listed)[:80]}; expected vLLM's list")
-            answer = await self._completed(words.trial(str(card["id"]), self._vocab_size))
+            answer = await self._completed(words.trial(str(card["id"]), self._vocab_size), self._stuck_seconds)
             if isinstance(answer, str):
                 raise ServerRefused(self.url, httpx.codes.INTERNAL_SERVER_ERROR, answer)
             processed = self._understood(lambda: words.reports_processed(answer))
@@ -359,6 +361,11 @@ class StockClient:
     async def close(self) -> None:
         """Let go of the server."""
         await self._http.aclose()
+
+
+def _are_own(weight_version: str | None) -> bool:
+    """Are they the weights that the server was started with?"""
+    return weight_version in (None, _OWN_WEIGHTS) or str(weight_version).endswith(":-1")
 
 
 def _reason(response: httpx.Response) -> str:

@@ -51,7 +51,7 @@ class StandIn:
         self.change, self.managed, self.best, self.key = change, managed, best, key
         self.weights, self.loads, self.calls = "default", list[str](), list[str]()
         self.bodies: list[dict[str, Any]] = []
-        self.fail_load = self.hangs = False
+        self.fail_load = self.hangs = self.paused = False
         self.tokens, self.status = 0, 200
 
     def application(self) -> Starlette:
@@ -102,10 +102,14 @@ class StandIn:
 
     async def done(self, request: Request) -> Response:
         self.calls.append(request.url.path)
+        if request.url.path in ("/pause", "/resume"):
+            self.paused = request.url.path == "/pause"
         return JSONResponse({"success": True})
 
     async def completions(self, request: Request) -> Response:
         body = await request.json()
+        if self.paused:
+            await asyncio.sleep(60)
         if body["temperature"] == 2.0:
             return JSONResponse(
                 _completion(
@@ -291,6 +295,12 @@ def test_nothing_is_written_without_a_whole_set_of_weights(tmp_path: Path) -> No
         talk(broken, tmp_path, train)
     with pytest.raises(ServerGone, match="no whole set of weights"):
         talk(broken, tmp_path, lambda client: ask(client, generate()))
+
+
+def test_a_server_that_was_left_paused_is_woken(tmp_path: Path) -> None:
+    server = StandIn()
+    server.paused, server.weights = True, "killed:loading"
+    assert talk(server, tmp_path, train, stuck_seconds=5.0)[0]["versions"] == [[3, 0]]
 
 
 def test_versions_only_grow(tmp_path: Path) -> None:
