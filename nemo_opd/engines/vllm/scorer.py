@@ -129,7 +129,7 @@ class VLLMScorer:
             raise ValueError(
                 "a teacher on vLLM servers: got AT_IDS; expected SAMPLED or TOP_K, as servers without a GPU score ids "
                 "that are given for small vocabularies only, and stock vLLM servers none; let the teacher choose the "
-                "ids, or serve it with nemo_opd's own server on a GPU"
+                "ids, or serve it on a GPU with nemo_opd's own server"
             )
         check_needs(needs, self._vocab_size)
 
