@@ -115,7 +115,7 @@ def test_what_is_written_has_the_logprobs_it_was_drawn_with(
     for rollout in rollouts:
         expected = logprobs(server.model, rollout, sampling)
         assert float((rollout.sampler_logprobs - expected).abs().max()) < BOUND
-        ends = rollout.response_ids.isin(torch.tensor(EOS))
+        ends = torch.isin(rollout.response_ids, torch.tensor(EOS))
         assert not bool(ends[:-1].any()), "a response ends with its first EOS, which is part of it"
         assert (rollout.finish is Finish.EOS) == bool(ends[-1])
     assert {rollout.finish for rollout in rollouts} == {Finish.EOS, Finish.LENGTH}

@@ -191,8 +191,8 @@ class StockClient:
                 for task in finished:
                     yield task.result()
         finally:
-            for task in {*open_, watch}:
-                task.cancel()
+            for left in {*open_, watch}:
+                left.cancel()
             await asyncio.gather(*open_, watch, return_exceptions=True)
 
     async def _asking(self, message: Form) -> Callable[[Any], Coroutine[Any, Any, Line]]:
