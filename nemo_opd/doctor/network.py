@@ -28,7 +28,8 @@ def network_findings(config: Config) -> list[Finding]:
             way_out = "write the key into a file that only you can read"
             found.append(Finding(f"{key}.key_file", Verdict.FAIL, str(error), "a key", way_out))
             continue
-        found += [answers(key, url, secret) for url in addresses(servers.urls)]
+        ask = stock_answers if servers.protocol == "openai" else answers
+        found += [ask(key, url, secret) for url in addresses(servers.urls)]
     return found
 
 
@@ -68,3 +69,18 @@ def answers(key: str, url: str, secret: str | None) -> Finding:
         return Finding(name, Verdict.WARN if busy else Verdict.OK, f"{status}, {busy} running", "ready", way_out)
     way_out = f"see its log; {key}.key_file must name the key that it was started with"
     return Finding(name, Verdict.FAIL, f"{response.status_code}: {status}", "ready", way_out)
+
+
+def stock_answers(key: str, url: str, secret: str | None) -> Finding:
+    """Ask a stock vLLM server which model it serves; its /health has no words, and wants no key."""
+    name, headers = f"{key}: {url}", {} if secret is None else {"authorization": f"Bearer {secret}"}
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=SECONDS, trust_env=False)
+        served = [str(model["id"]) for model in response.json()["data"]] if response.is_success else []
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        way_out = f"start it, or correct {key}.urls"
+        return Finding(name, Verdict.FAIL, f"{type(error).__name__}: {error}", "an answer", way_out)
+    if served:
+        return Finding(name, Verdict.OK, f"serves {', '.join(served)}", "a model")
+    way_out = f"see its log; {key}.key_file must name the key that it was started with"
+    return Finding(name, Verdict.FAIL, f"{response.status_code}: {response.text[:80]}", "a model", way_out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,37 @@ def test_servers_that_stand_already(workspace: Path, tmp_path: Path) -> None:
         assert [row.verdict for row in network.network_findings(config)][1:] == [Verdict.FAIL]
     unused = replace(config, teacher=replace(config.teacher, engine="megatron"))
     assert len(network.network_findings(unused)) == 1
+
+
+class Models(BaseHTTPRequestHandler):
+    """What of a stock vLLM server is looked at."""
+
+    def do_GET(self) -> None:
+        has_key = self.headers.get("authorization") == "Bearer secret"
+        body = b'{"data": [{"id": "m"}]}' if has_key else b'{"error": "Unauthorized"}'
+        self.send_response(200 if has_key else 401)
+        self.end_headers()
+        self.wfile.write(body if self.path == "/v1/models" else b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_stock_server_says_what_it_serves(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert network.stock_answers("x", url, "another").verdict is Verdict.FAIL
+        (tmp_path / "key").touch(mode=0o600)
+        (tmp_path / "key").write_text("secret")
+        given = {
+            "engine": "vllm",
+            "servers.urls": url,
+            "servers.protocol": "openai",
+            "servers.key_file": tmp_path / "key",
+        }
+        words = [f"teacher.{name}={value}" for name, value in given.items()]
+        row = network.network_findings(workspace_config(workspace, "loss=policy_gradient", *words))[-1]
+        assert (row.verdict, row.found) == (Verdict.OK, "serves m")
+        server.shutdown()
+    assert network.stock_answers("x", url, "secret").verdict is Verdict.FAIL
