@@ -6,17 +6,18 @@ First `nemo-opd train` as a user has it: two processes, and Ctrl-C. Then a step 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from nemo_opd.types import Prompt, Rollout
 from tests.helpers.ranks import RankPool
 from tests.helpers.workspace import make_workspace
 
-STEPS = 40
+STEPS = 12
 
 
 def _command(folder: Path, run_dir: Path) -> list[str]:
@@ -48,8 +49,27 @@ checkpoint: {{every: 5}}
     return [sys.executable, "-m", "nemo_opd.cli", "train", str(recipe)]
 
 
+def _hear_ctrl_c() -> None:
+    """A shell that starts the tests in the background has them ignore it, and what they start would do the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy())
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_hear_ctrl_c
+    )
+
+
+@contextmanager
+def _standing_still(process: subprocess.Popen[str]) -> Iterator[None]:
+    """It and all that it started make no step meanwhile."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        member.suspend()
+    yield
+    for member in family:
+        member.resume()
 
 
 def _finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
@@ -79,15 +99,12 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path):
 
     first = _start(_command(folder, disturbed))
     deadline = time.monotonic() + 240
-    while not disturbed.exists() and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.02)
-    time.sleep(1.0)  # the folder is there a moment before its lock is held
-    # While the first imports what it needs, which takes longer than a refusal: later it might end before the signal.
-    second = subprocess.run(_command(folder, disturbed), capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert "in use by process" in second.stderr
     while len(_steps(disturbed)) < 3 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.02)
+    with _standing_still(first):  # or it may be through all of its steps before the second has imported what it needs
+        second = subprocess.run(_command(folder, disturbed), capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "in use by process" in second.stderr
     first.send_signal(signal.SIGINT)
     code, output = _finish(first)
     assert code == 75, output
@@ -161,14 +178,14 @@ def _attempt(rank: int, overrides: Sequence[str], breaks: str = "") -> int:
     draws: Counter[int] = Counter()
     write: Callable[..., Iterator[Rollout]] = loop.written
 
-    def written(run: Any, prompts: Sequence[Prompt]) -> Iterator[Rollout]:
+    def written(run: Any, prompts: Sequence[Prompt], *more: Any) -> Iterator[Rollout]:
         draws[run.state.step] += 1
         if breaks and run.state.step == BREAKS_IN and draws[BREAKS_IN] == 2:
             if breaks == "killed":
                 raise _KilledError
             if rank == 1:
                 signal.raise_signal(signal.SIGTERM)
-        yield from write(run, prompts)
+        yield from write(run, prompts, *more)
 
     with mock.patch.object(loop, "written", written):
         try:
