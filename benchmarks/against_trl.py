@@ -10,8 +10,7 @@ tokens, so all responses are as long as they may be; one file with 2 to 20 terms
 accuracy both continue from the quickstart's warmed-up student (`--quickstart`, its folder) and are evaluated by us on
 the same held-out problems.
 
-Ours is measured with both generators, `hf` and `vllm` (whose server is a process of its own: with `--cores 1` it shares
-one core with the trainer).
+Ours is measured with both generators, `hf` and `vllm`, whose server is a process of its own: it and the trainer take turns.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ from benchmarks.step import machine
 SKIP = 5
 LR, WARMUP, NEW_TOKENS = 1e-3, 5, 64
 SYSTEMS = ("trl", "hf", "vllm")
+ROW = 1024
+"""Positions of a packed row of ours: on a CPU attention over a row costs its length squared."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,11 @@ def recipe(
         f"algorithm: {algorithm}",
         f"run: {{dir: {out}, seed: 1}}",
         f"student: {{model: {student}, dtype: float32}}",
-        *([] if teacher is None else [f"teacher: {{model: {teacher}, dtype: float32}}"]),
+        *([] if teacher is None else [f"teacher: {{model: {teacher}, dtype: float32, micro_batch_tokens: {ROW}}}"]),
         f"data: {{path: {data}, max_prompt_tokens: 64}}",
         f"rollout: {{max_new_tokens: {NEW_TOKENS}, batch_size: 256, dtype: float32}}",
         f"optimizer: {{lr: {LR if teacher else 3e-3}, warmup_steps: {WARMUP}, adam_beta2: 0.999}}",
-        f"train: {{steps: {steps}, prompts_per_step: {batch}, micro_batch_tokens: 8192}}",
+        f"train: {{steps: {steps}, prompts_per_step: {batch}, micro_batch_tokens: {ROW}}}",
         "checkpoint: {keep: 1}",
         "observe: {progress: false, rollouts_per_step: 0}",
     ]
