@@ -10,7 +10,8 @@ tokens, so all responses are as long as they may be; one file with 2 to 20 terms
 accuracy both continue from the quickstart's warmed-up student (`--quickstart`, its folder) and are evaluated by us on
 the same held-out problems.
 
-Ours is measured with both generators, `hf` and `vllm`, whose server is a process of its own: it and the trainer take turns.
+Ours is measured with both generators, `hf` and `vllm`, whose server is a process of its own: it and the trainer take
+turns.
 """
 
 from __future__ import annotations
