@@ -80,6 +80,40 @@ def expected(fleet: Writers) -> dict[int, list[int]]:
     return tokens(list(HFGenerator(fleet.model, eos_ids=()).generate(requests(24), LONG, never)))
 
 
+def test_every_tensor_of_a_split_trainer_reaches_the_server(
+    fleet: Writers, ranks4: RankPool
+) -> None:
+    """Trainer at TP 2 x PP 2. Each tensor that vLLM's own loader reads from the folder that the server took has the
+    hash of the trainer's, and what the server writes is what these weights write."""
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+    layout = {"student__tensor_model_parallel_size": 2, "student__pipeline_model_parallel_size": 2}
+    config = recipe(fleet.model, optimizer__lr=1e-2, **layout)
+    servers = Servers([fleet.url(0)], "tp2 pp2", fleet.scratch, KEY)
+    kept = fleet.scratch / "kept"
+    watcher = Keeper(fleet.scratch, kept)
+    hashes = ranks4.run(train_and_refit, config, servers, timeout=480.0)
+    watcher.end()
+    assert all(other == hashes[0] for other in hashes)
+    files = sorted(map(str, kept.glob("*.safetensors")))
+    read = {name: tensor.clone() for name, tensor in safetensors_weights_iterator(files, use_tqdm_on_load=False)}
+    assert {name: digest(tensor) for name, tensor in read.items()} == hashes[0]
+    start = load_file(fleet.model / "model.safetensors")
+    assert all(not torch.equal(start[name], read[name]) for name in start), "the step moved every tensor"
+    hf = HFGenerator(fleet.model, eos_ids=())
+    hf.load_weights(read.items(), 1)
+    wanted = tokens(list(hf.generate(requests(8), LONG, never)))
+    answer = httpx.post(
+        fleet.url(0) + "/generate",
+        json=generate_message("tp2 pp2", requests(8)),
+        headers={"authorization": f"Bearer {KEY}"},
+        timeout=60.0,
+    )
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert {line["key"]: line["ids"] for line in lines if "ids" in line} == wanted
+    assert all(line["versions"] == [[1, 0]] for line in lines if "ids" in line)
+
+
 def test_a_server_killed_while_it_writes_costs_nothing_but_time(
     fleet: Writers, weights: dict[str, torch.Tensor], expected: dict[int, list[int]]
 ) -> None:
@@ -253,40 +287,6 @@ def test_servers_end_with_the_process_that_started_them(fleet: Writers) -> None:
     pids = [fleet.local.process(name).pid for name in ("0", "1")]
     fleet.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def test_every_tensor_of_a_split_trainer_reaches_the_server(
-    fleet: Writers, ranks4: RankPool
-) -> None:
-    """Trainer at TP 2 x PP 2. Each tensor that vLLM's own loader reads from the folder that the server took has the
-    hash of the trainer's, and what the server writes is what these weights write."""
-    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
-
-    layout = {"student__tensor_model_parallel_size": 2, "student__pipeline_model_parallel_size": 2}
-    config = recipe(fleet.model, optimizer__lr=1e-2, **layout)
-    servers = Servers([fleet.url(0)], "tp2 pp2", fleet.scratch, KEY)
-    kept = fleet.scratch / "kept"
-    watcher = Keeper(fleet.scratch, kept)
-    hashes = ranks4.run(train_and_refit, config, servers)
-    watcher.end()
-    assert all(other == hashes[0] for other in hashes)
-    files = sorted(map(str, kept.glob("*.safetensors")))
-    read = {name: tensor.clone() for name, tensor in safetensors_weights_iterator(files, use_tqdm_on_load=False)}
-    assert {name: digest(tensor) for name, tensor in read.items()} == hashes[0]
-    start = load_file(fleet.model / "model.safetensors")
-    assert all(not torch.equal(start[name], read[name]) for name in start), "the step moved every tensor"
-    hf = HFGenerator(fleet.model, eos_ids=())
-    hf.load_weights(read.items(), 1)
-    wanted = tokens(list(hf.generate(requests(8), LONG, never)))
-    answer = httpx.post(
-        fleet.url(0) + "/generate",
-        json=generate_message("tp2 pp2", requests(8)),
-        headers={"authorization": f"Bearer {KEY}"},
-        timeout=60.0,
-    )
-    lines = [json.loads(line) for line in answer.text.splitlines()]
-    assert {line["key"]: line["ids"] for line in lines if "ids" in line} == wanted
-    assert all(line["versions"] == [[1, 0]] for line in lines if "ids" in line)
 
 
 class Keeper:
