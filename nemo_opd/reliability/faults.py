@@ -1,0 +1,90 @@
+"""Named places where a run can be made to break, so that what is promised about breaking can be tested.
+
+    NEMO_OPD_FAULTS="ckpt.before_manifest=kill"            whoever comes by first
+    NEMO_OPD_FAULTS="step.trained=kill@7 rank=1"           the seventh time that rank 1 comes by
+    NEMO_OPD_FAULTS="ckpt.before_rename=sleep:5; refit.between_tensors=raise"
+
+Several rules are separated by semicolons. Without the variable a place costs the test of an empty dictionary.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VARIABLE = "NEMO_OPD_FAULTS"
+
+POINTS: dict[str, str] = {}
+"""Every place, and where it is. A test asks that each stands in the code once and in a test at least once."""
+
+_RULE = re.compile(r"(?P<point>[\w.]+)=(?P<action>kill|freeze|raise|enospc|sleep:(?P<seconds>[\d.]+))(@(?P<nth>\d+))?"
+                   r"( rank=(?P<rank>\d+))?")  # fmt: skip
+
+
+class InjectedFault(RuntimeError):
+    """What action ``raise`` raises."""
+
+
+@dataclass
+class Rule:
+    """What happens at a place."""
+
+    action: str
+    """kill (SIGKILL), freeze (SIGSTOP), raise, enospc (a full disk) or sleep"""
+    seconds: float = 0.0
+    """Of sleep."""
+    nth: int = 1
+    """It happens the nth time that the place is come by, and no other; sleep from then on every time."""
+    rank: int | None = None
+    """Only in this process of the run; None: in all."""
+    passed: int = 0
+
+
+def parse(text: str) -> dict[str, Rule]:
+    """The rules of the variable. Raises ValueError for what is none, or of an unknown place."""
+    rules = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        found = _RULE.fullmatch(part)
+        if found is None or found["point"] not in POINTS:
+            raise ValueError(
+                f"{VARIABLE}: got {part!r}; expected POINT=kill|freeze|raise|enospc|sleep:SECONDS, then @N and rank=R "
+                f"if you like, with a point of {', '.join(POINTS)}"
+            )
+        rank = None if found["rank"] is None else int(found["rank"])
+        action = found["action"].partition(":")[0]
+        rules[found["point"]] = Rule(action, float(found["seconds"] or 0), int(found["nth"] or 1), rank)
+    return rules
+
+
+_armed = parse(os.environ.get(VARIABLE, ""))
+
+
+def arm(text: str) -> None:
+    """Replace the rules of this process, as a test does that shares it with others; ``""`` ends them."""
+    global _armed
+    _armed = parse(text)
+
+
+def hit(point: str) -> None:
+    """Come by a place: nothing, unless a rule names it."""
+    if _armed and point in _armed:
+        _strike(point, _armed[point], os.environ)
+
+
+def _strike(point: str, rule: Rule, environment: Mapping[str, str]) -> None:
+    if rule.rank is not None and rule.rank != int(environment.get("RANK", "0")):
+        return
+    rule.passed += 1
+    if rule.action == "sleep" and rule.passed >= rule.nth:
+        time.sleep(rule.seconds)
+    elif rule.passed == rule.nth:
+        if rule.action == "raise":
+            raise InjectedFault(f"injected at {point}")
+        if rule.action == "enospc":
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected at {point})")
+        os.kill(os.getpid(), signal.SIGKILL if rule.action == "kill" else signal.SIGSTOP)
