@@ -9,8 +9,11 @@ from typing import Any
 
 from nemo_opd.errors import ConfigError
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 """Dense models that can be converted between Hugging Face and Megatron."""
+
+_WINDOW = 4096
+"""Sliding window of a Mistral whose config.json leaves it out; null says that there is none."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class ModelSizes:
     feed_forward: int
     vocabulary: int
     positions: int | None
-    """Longest sequence that the model was made for; None where the file does not say."""
+    """Longest sequence that the model was made for, and no longer than a Mistral's sliding window: so far the engines
+    that know no window compute the same. None where the file does not say."""
 
 
 def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes:
@@ -52,8 +56,14 @@ def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes
         key_value_heads=_count(key, folder, values, "num_key_value_heads", "num_attention_heads"),
         feed_forward=_count(key, folder, values, "intermediate_size"),
         vocabulary=_count(key, folder, values, "vocab_size"),
-        positions=values.get("max_position_embeddings"),
+        positions=_positions(architecture, values),
     )
+
+
+def _positions(architecture: str, values: dict[str, Any]) -> int | None:
+    positions: int | None = values.get("max_position_embeddings")
+    window: int | None = values.get("sliding_window", _WINDOW) if architecture == "MistralForCausalLM" else None
+    return positions if window is None else min(window, positions or window)
 
 
 def _count(key: str, folder: Path, values: dict[str, Any], name: str, otherwise: str = "") -> int:

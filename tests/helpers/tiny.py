@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 
 
 def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
@@ -15,9 +15,9 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
 
     `overrides` are fields of that configuration: ``tie_word_embeddings=True``, ``vocab_size=101``, ...
     """
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    classes = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+    classes = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
     fields: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -34,6 +34,8 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
     }
     if family == "qwen3":
         fields["head_dim"] = 16  # wider than hidden / heads, as in the small Qwen3 models
+    if family == "mistral":
+        fields["head_dim"] = None  # transformers' default is a number, whatever hidden and heads
     return classes[family](**(fields | overrides))
 
 

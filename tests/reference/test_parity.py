@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2-bias": {"family": "qwen2"},
     "qwen2-bias-tied": {"family": "qwen2", "tie_word_embeddings": True},
     "llama3": {"family": "llama", "rope_parameters": LLAMA3_ROPE},
+    "mistral": {"family": "mistral", "sliding_window": 192},
     "llama3-tied": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
 }
 VOCAB = 97  # padded to 100 for every tensor-parallel size below, by a padding multiple of 4, 2 and 1

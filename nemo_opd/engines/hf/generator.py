@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from nemo_opd.engines.generation import check_generate_request, context_of, is_over, nothing_drawn, rollout_of
 from nemo_opd.engines.hf.decode import DecodeBatch
-from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model
+from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model, longest_sequence
 from nemo_opd.engines.hf.reader import CachedModel, Reader
 from nemo_opd.engines.hf.slots import ATTENTION
 from nemo_opd.refit.manifest import WeightCheck
@@ -116,7 +116,7 @@ class HFGenerator:
         model = self._ready_model()
         check_sampling(sampling)
         for request in requests:
-            check_generate_request(request, sampling, model.config.vocab_size, model.config.max_position_embeddings)
+            check_generate_request(request, sampling, model.config.vocab_size, longest_sequence(model.config))
         return self._run(partial(read, model), requests, sampling, stop_requested)
 
     def _cached(self, model: PreTrainedModel, slots: int, columns: int) -> Reader:

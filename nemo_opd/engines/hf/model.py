@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose logits are the output layer times the last hidden state, with nothing in between."""
 
 
@@ -22,6 +22,14 @@ def check_dense(config: PreTrainedConfig, source: object = "model") -> None:
             f"{source}: got model_type {config.model_type} with layers {sorted(kinds)}; expected a dense decoder with "
             f"full attention in every layer, model_type one of {', '.join(SUPPORTED)}; choose such a model"
         )
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """Positions of the longest sequence: a Mistral's sliding window where it is shorter, for within it the decode
+    loop's full attention is the same."""
+    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    positions: int = config.max_position_embeddings
+    return positions if window is None else min(positions, window)
 
 
 def default_device() -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_opd.engines.hf.model import check_dense, load_model
+from nemo_opd.engines.hf.model import check_dense, load_model, longest_sequence
 from nemo_opd.engines.requests import check_needs, check_request
 from nemo_opd.processes import Processes
 from nemo_opd.types import Need, ScoreRequest, TeacherNeeds, TeacherScores
@@ -26,7 +26,7 @@ class HFScorer:
 
     Log-probabilities are log-softmaxes at temperature 1, taken in float32 (float64 for a float64 model) whatever the
     model's dtype. A row is invalid when its payload is not finite, or when its position lies beyond the model's
-    `max_position_embeddings`; the payload of the latter is NaN (ids: 0).
+    `longest_sequence`; the payload of the latter is NaN (ids: 0).
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class HFScorer:
         Padding stands on the right, where causal attention never looks, so no mask is needed and positions start at 0.
         """
         model = self._open_model()
-        width = min(_length(batch[0]), model.config.max_position_embeddings)
+        width = min(_length(batch[0]), longest_sequence(model.config))
         input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, request in zip(input_ids, batch, strict=True):
             ids = torch.cat([torch.tensor(request.context_ids), request.response_ids.cpu()])[:width]

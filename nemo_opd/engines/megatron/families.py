@@ -146,6 +146,8 @@ class Family:
     """Table of one decoder layer, in the order in which Hugging Face names its tensors."""
     default_head_dim: int | None = None
     """What the architecture assumes when config.json does not say; None: hidden size / heads."""
+    sliding_window: bool = False
+    """A position sees at most so many of the last ones as config.json says (no number: all)."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -162,6 +164,7 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen3", "Qwen3ForCausalLM", _ATTENTION + _QK_NORM + _GATED_MLP, default_head_dim=128),
         Family("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", _ATTENTION + _QKV_BIAS + _GATED_MLP),
         Family("Llama 3", "LlamaForCausalLM", _ATTENTION + _GATED_MLP),
+        Family("Mistral", "MistralForCausalLM", _ATTENTION + _GATED_MLP, sliding_window=True),
     )
 }
 """The supported families by the name that config.json gives in `architectures`."""
@@ -177,6 +180,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "auto_map": (),
 }
 """Optional keys of config.json with the values that the tables above can represent; () for none at all."""
+
+_MISTRAL_WINDOW = 4096
+"""The sliding window of a Mistral whose config.json leaves it out; null says that there is none."""
 
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """What Megatron-core's rotary embedding assumes of Llama 3's frequency scaling; only `factor` is an argument there."""
@@ -195,6 +201,7 @@ class Architecture:
     ffn_hidden_size: int
     vocab_size: int
     max_position_embeddings: int
+    """Longest sequence. Where a sliding window is shorter it is the window: so far full attention is the same."""
     norm_epsilon: float
     rotary_base: float
     rope_scaling_factor: float | None
@@ -375,7 +382,7 @@ def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") ->
         head_dim=_positive(hf_config, "head_dim", where, default=family.default_head_dim or hidden // heads),
         ffn_hidden_size=_positive(hf_config, "intermediate_size", where),
         vocab_size=_positive(hf_config, "vocab_size", where),
-        max_position_embeddings=_positive(hf_config, "max_position_embeddings", where),
+        max_position_embeddings=_positions(family, hf_config, where),
         norm_epsilon=float(hf_config.get("rms_norm_eps", 1e-6)),
         rotary_base=rotary_base,
         rope_scaling_factor=rope_scaling_factor,
@@ -393,6 +400,14 @@ def _positive(hf_config: Mapping[str, Any], key: str, where: str, default: int |
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise ConfigError(f"{where}: {key}", value, "a positive integer", "copy the model folder again")
+
+
+def _positions(family: Family, hf_config: Mapping[str, Any], where: str) -> int:
+    """Longest sequence in which full attention computes what the model means."""
+    positions = _positive(hf_config, "max_position_embeddings", where)
+    if not family.sliding_window or hf_config.get("sliding_window", _MISTRAL_WINDOW) is None:
+        return positions
+    return min(positions, _positive(hf_config, "sliding_window", where, default=_MISTRAL_WINDOW))
 
 
 def _refuse_unrepresented(hf_config: Mapping[str, Any], where: str) -> None:

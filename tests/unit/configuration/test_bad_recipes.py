@@ -123,6 +123,10 @@ CASES = [
     Bad("evaluation_longer_than_the_model", "evaluate.max_new_tokens: got 200 after a prompt of up to 64; expected "
         "together at most the 256 positions of the student; lower it or data.max_prompt_tokens",
         ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.max_new_tokens=200")),
+    Bad("longer_than_a_sliding_window", "rollout.max_new_tokens (recipe.yaml:10): got 64 after a prompt of up to 64; "
+        "expected together at most the 100 positions of the teacher; lower it or data.max_prompt_tokens",
+        ("teacher.model=window",), prepare=lambda folder: write_model(
+            folder / "window", architectures=["MistralForCausalLM"], sliding_window=100)),
     Bad("teacher_with_fewer_tokens", "teacher.model: got a vocabulary of 95; expected at least the student's 96; use a "
         "teacher that knows every token of the student", ("teacher.model=small",),
         prepare=lambda folder: write_model(folder / "small", vocab_size=95)),
@@ -437,7 +441,7 @@ CASES = [
     Bad("no_model_configuration", "student.model: got no empty/config.json; expected a model folder in Hugging Face "
         "format; check the path", ("student.model=empty",), prepare=lambda folder: (folder / "empty").mkdir()),
     Bad("unsupported_architecture", "student.model: got a model of architecture MambaForCausalLM; expected one of "
-        "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM; choose a model of these families",
+        "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM; choose a model of these families",
         ("student.model=mamba",),
         prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
     Bad("model_with_code", "student.model: got coded with code of its own (auto_map); expected weights and JSON only; "

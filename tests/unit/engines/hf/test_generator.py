@@ -248,7 +248,7 @@ def test_a_diverged_policy_is_refused_rather_than_sampled() -> None:
 )
 def test_models_that_would_be_computed_wrongly_are_refused(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one of llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="one of llama, mistral, qwen2, qwen3"):
         HFGenerator(tmp_path, read_weights=False)
 
 

@@ -125,8 +125,13 @@ def test_each_rank_answers_what_it_consumes() -> None:
     assert by_rank == [{0, 2, 3, 5, 6, 8}, {1, 2, 4, 5, 7, 8}]
 
 
-def test_positions_beyond_the_models_reach_are_invalid_not_numbers() -> None:
-    scorer = HFScorer(tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=16))
+@pytest.mark.parametrize(
+    "model",
+    [("qwen3", {"max_position_embeddings": 16}), ("mistral", {"sliding_window": 16})],
+    ids=["positions", "sliding window"],
+)
+def test_positions_beyond_the_models_reach_are_invalid_not_numbers(model: tuple[str, dict[str, Any]]) -> None:
+    scorer = HFScorer(tiny_model(model[0], vocab_size=VOCAB_SIZE, **model[1]))
     response = torch.arange(2, 22)
     for needs in (TeacherNeeds(Need.SAMPLED), TeacherNeeds(Need.FULL), TeacherNeeds(Need.TOP_K, k=2)):
         (long,) = scorer.score([ScoreRequest(0, tuple(range(10)), response)], needs)

@@ -91,6 +91,22 @@ LLAMA32_1B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
+MISTRAL_7B: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
 
 
 def test_published_configurations() -> None:
@@ -103,12 +119,27 @@ def test_published_configurations() -> None:
     assert not llama.family.qk_norm and not llama.family.qkv_bias
 
 
-@pytest.mark.parametrize("published", [QWEN3_0_6B, QWEN25_7B, LLAMA32_1B])
+def test_a_sliding_window_bounds_the_length() -> None:
+    """Up to its length full attention is the same. Mistral's is 4096 where config.json does not say (null: none)."""
+    without = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
+    for config, positions in (
+        (MISTRAL_7B, 4096),
+        (without, 4096),
+        ({**MISTRAL_7B, "sliding_window": None}, 32768),
+        ({**MISTRAL_7B, "sliding_window": 65536}, 32768),
+    ):
+        assert architecture_of(config).max_position_embeddings == positions
+    with pytest.raises(ConfigError, match="sliding_window: got 0"):
+        architecture_of({**MISTRAL_7B, "sliding_window": 0})
+    assert architecture_of(QWEN25_7B).max_position_embeddings == 32768, "Qwen's is switched off by another key"
+
+
+@pytest.mark.parametrize("published", [QWEN3_0_6B, QWEN25_7B, LLAMA32_1B, MISTRAL_7B])
 def test_parameter_counts_of_published_models(published: dict[str, Any]) -> None:
     """Counts that transformers gives for the same configuration."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    classes = {"Qwen3": Qwen3Config, "Qwen2": Qwen2Config, "Llama": LlamaConfig}
+    classes = {"Qwen3": Qwen3Config, "Qwen2": Qwen2Config, "Llama": LlamaConfig, "Mistral": MistralConfig}
     config = classes[published["architectures"][0].removesuffix("ForCausalLM")](**published)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -119,7 +150,7 @@ def test_parameter_counts_of_published_models(published: dict[str, Any]) -> None
     assert ours == theirs
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
 def test_a_configuration_saved_by_the_installed_transformers(family: str, tmp_path: Path) -> None:
     rope = {**LLAMA32_1B["rope_scaling"], "rope_theta": 123456.0} if family == "llama" else {"rope_theta": 123456.0}
     config = tiny_config(family, tie_word_embeddings=True, rope_parameters=rope)
