@@ -24,7 +24,7 @@ from nemo_opd.config import (
     TeacherPrefix,
     TrapStop,
 )
-from nemo_opd.configuration.load import to_yaml
+from nemo_opd.configuration.load import recorded_yaml
 from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.hf.mixed import TeacherMixedGenerator
@@ -52,6 +52,7 @@ from nemo_opd.prompts.template import (
     load_tokenizer,
     response_token_ids,
 )
+from nemo_opd.reliability.files import replace_private
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
@@ -82,7 +83,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     }
     tokenizer = load_tokenizer(config.student.model)
     loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
-    config_text = to_yaml(config)
+    config_text = recorded_yaml(config)
     store = CheckpointStore(folder, processes, config.checkpoint.keep)
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need, served)
@@ -103,7 +104,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         stateful["frozen teacher"] = StartWeights(Path(config.student.model), processes)
     restore(stateful, state)
     if processes.is_first:
-        (folder / "config.yaml").write_text(config_text)
+        replace_private(folder / "config.yaml", config_text)
     return Run(
         config=config,
         config_text=config_text,

@@ -15,12 +15,13 @@ from typing import NoReturn
 from nemo_opd import __version__
 from nemo_opd.config import Config
 from nemo_opd.configuration.folders import folder_kind
-from nemo_opd.configuration.load import load, to_yaml
+from nemo_opd.configuration.load import load, recorded_yaml
 from nemo_opd.doctor.bounds import parse_bounds
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.lengths import parse_lengths
 from nemo_opd.launch import start
 from nemo_opd.reliability.outcome import EXIT_CODES, INTERRUPTED, Status
+from nemo_opd.reliability.redact import redact
 from nemo_opd.worker import configure_logging
 
 _CONFIG_ERROR = EXIT_CODES[Status.CONFIG_ERROR]
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # below a launcher every process finds the same error
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(redact(f"error: {error}\n"))
         return _CONFIG_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -284,7 +285,7 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 def _train(args: argparse.Namespace) -> int:
     config = load(args.recipe, args.overrides)
     if args.check:
-        sys.stdout.write(to_yaml(config))
+        sys.stdout.write(recorded_yaml(config))
         return 0
     return start(config)
 

@@ -22,6 +22,7 @@ from nemo_opd.config import Config
 from nemo_opd.configuration.check import launched_processes, world_size
 from nemo_opd.configuration.load import to_yaml
 from nemo_opd.reliability.child import end_with_parent
+from nemo_opd.reliability.files import private_folder, replace_private, write_private
 from nemo_opd.reliability.lock import RunLock, probe
 from nemo_opd.reliability.outcome import (
     ATTEMPT_VARIABLE,
@@ -79,11 +80,7 @@ def child_environment(processes: int, attempt: str, environment: Mapping[str, st
 
 def request_stop(run_dir: Path, attempt: str) -> None:
     """Ask an attempt to save a checkpoint and end. Written aside and renamed: a reader never sees half a name."""
-    control = run_dir / "control"
-    control.mkdir(parents=True, exist_ok=True)
-    temporary = control / f"stop-{attempt}.tmp"
-    temporary.write_text(attempt + "\n")
-    temporary.replace(control / "stop")
+    replace_private(private_folder(run_dir / "control") / "stop", attempt + "\n")
 
 
 class Children:
@@ -143,10 +140,9 @@ class Children:
 
 
 def _start_processes(config: Config, folder: Path, attempt: str, processes: int) -> int:
-    control = folder / "control"
-    control.mkdir(parents=True, exist_ok=True)
+    control = private_folder(folder / "control")
     recipe, torchrun_logs = control / f"recipe-{attempt}.yaml", control / f"torchrun-{attempt}"
-    recipe.write_text(to_yaml(config))
+    write_private(recipe, to_yaml(config))  # whole, with what may be a secret: it is deleted at the end
     command = torchrun_command(processes, attempt, torchrun_logs, ["-m", "nemo_opd.worker", str(recipe)])
     children = Children(folder, attempt)
     try:

@@ -12,12 +12,15 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from nemo_opd.config import Config
 from nemo_opd.configuration.check import launched_processes
 from nemo_opd.configuration.load import load
 from nemo_opd.errors import ConfigError
+from nemo_opd.reliability import redact
 from nemo_opd.reliability.child import end_with_parent
+from nemo_opd.reliability.files import open_private, private_descriptor, private_folder
 from nemo_opd.reliability.lock import RunLocked
 from nemo_opd.reliability.outcome import ATTEMPT_VARIABLE, EXIT_CODES, SAVED, Status, current_attempt, write_failure
 
@@ -30,19 +33,15 @@ def run(config: Config) -> int:
     rank = join_launcher() if launched else 0
     tame_helpers()
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank > 0:
-        write_output_to(folder / "logs" / f"rank-{rank}.txt")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     attempt = os.environ.setdefault(ATTEMPT_VARIABLE, current_attempt())
-    configure_logging()
-    if rank == 0:
-        log_to(folder / "log.txt")
     code = _guarded(config, folder, attempt, rank)
     return 0 if launched and code in [EXIT_CODES[status] for status in SAVED] else code
 
 
 def _guarded(config: Config, folder: Path, attempt: str, rank: int) -> int:
     try:
+        _open_logs(folder, rank)
         from nemo_opd import session  # late: torch, Megatron and NeMo take seconds to import
 
         return session.run(config)
@@ -58,6 +57,14 @@ def _guarded(config: Config, folder: Path, attempt: str, rank: int) -> int:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         write_failure(folder, Status.FAILED, reason, attempt, rank)
         return EXIT_CODES[Status.FAILED]
+
+
+def _open_logs(folder: Path, rank: int) -> None:
+    if rank > 0:
+        write_output_to(folder / "logs" / f"rank-{rank}.txt")
+    configure_logging()
+    if rank == 0:
+        log_to(folder / "log.txt")
 
 
 def join_launcher() -> int:
@@ -86,18 +93,30 @@ def _tame() -> None:
 
 def write_output_to(path: Path) -> None:
     """Send this process's stdout and stderr, also what C++ libraries write, to a file (appended)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    descriptor = private_descriptor(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
+class _PrivateFile(logging.FileHandler):
+    """Opened as `reliability.files` does it."""
+
+    def _open(self) -> Any:
+        return open_private(Path(self.baseFilename), "a")
+
+
 def log_to(path: Path) -> None:
-    """Let the project's log also go to `path` (appended; opened with the first message), until the process ends."""
-    handler = logging.FileHandler(path, delay=True)
+    """Let the project's log also go to `path` (appended; opened with the first message), until the process ends.
+
+    Raises ConfigError for a link in its place.
+    """
+    if os.path.lexists(path):
+        os.close(private_descriptor(path, os.O_WRONLY))
+    handler = _PrivateFile(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("nemo_opd").addHandler(handler)
 
@@ -111,7 +130,9 @@ _CHATTY = ("nv_one_logger", "OneLogger", "torch.distributed.elastic.multiprocess
 
 
 def configure_logging() -> None:
-    """Our messages from INFO on and other libraries' warnings, on stderr, without those that say nothing new here."""
+    """Our messages from INFO on and other libraries' warnings, on stderr, without those that say nothing new here.
+    Secrets are taken out of them all."""
+    redact.install()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nemo_opd").setLevel(logging.INFO)
     for name in _CHATTY:
@@ -121,7 +142,7 @@ def configure_logging() -> None:
 
 
 def _say(error: ConfigError) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(redact.redact(f"error: {error}\n"))
     return EXIT_CODES[Status.CONFIG_ERROR]
 
 

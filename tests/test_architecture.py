@@ -23,6 +23,9 @@ SCORE = {"engines.protocols", "engines.requests", "engines.exchange", "vocab", "
 GENERATE = {"engines.protocols", "engines.generation", "vocab", "refit.manifest", "refit.folder"}
 """What engines have in common that score, and that write."""
 
+PRIVATE = {"reliability.files", "reliability.redact"}
+"""How files are written that others may neither read nor redirect, without secrets."""
+
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
@@ -30,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": set(),
     "packing": {"types", "rollout.seeds"},
     "algorithms": {"config", "losses"},
-    "configuration": {"algorithms", "config", "errors"},
+    "configuration": {"algorithms", "config", "errors", "reliability.redact"},
     "vocab": {"types", "errors"},
     "losses": {"vocab", *NOUNS},
     "engines.protocols": {"types"},
@@ -39,7 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.generation": {"types"},
     "engines.hf": {*GENERATE, *SCORE, *NOUNS},
     "engines.megatron": {*SCORE, "reliability.faults", *NOUNS},
-    "engines.vllm": {*GENERATE, *SCORE, "reliability.child", "reliability.faults", *NOUNS},
+    "engines.vllm": {
+        *(*GENERATE, *SCORE, "reliability.child", "reliability.faults", *PRIVATE, *NOUNS),
+    },
     "refit": {"engines.protocols", "reliability.faults", *NOUNS},
     "checkpoint": {"engines.protocols", "reliability.faults", *NOUNS},
     "reliability": NOUNS,
@@ -49,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "teacher": {"engines.protocols", "prompts", "rollout.seeds", *NOUNS},
     "rollout": {"engines.protocols", *NOUNS},
     "stop": {"engines.protocols", "rollout", "teacher.contexts", "vocab", *NOUNS},
-    "observe": NOUNS,
+    "observe": {*PRIVATE, *NOUNS},
     "diagnosis": NOUNS,
     "report": {"configuration", "reliability", *NOUNS},
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
@@ -82,7 +87,7 @@ PROGRAMS = {
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock", "report", "doctor.bounds")  # fmt: skip
+         "reliability.lock", "reliability.files", "reliability.redact", "report", "doctor.bounds")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

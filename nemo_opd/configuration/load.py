@@ -26,6 +26,7 @@ from nemo_opd.config import MISSING, REFUSED_LOSSES, SLOTS, Config, OneOfSeveral
 from nemo_opd.configuration.check import check
 from nemo_opd.configuration.strict_yaml import parse_scalar, read_yaml
 from nemo_opd.errors import ConfigError
+from nemo_opd.reliability.redact import redact_data
 
 COMMAND_LINE = "command line"
 NAMED: dict[str, type] = {"teachers": OneOfSeveral}
@@ -77,6 +78,11 @@ def load(recipe: Path | None, overrides: Sequence[str] = (), *, checked: bool = 
 def to_yaml(config: Config) -> str:
     """Every setting as YAML. `load` of this text gives an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def recorded_yaml(config: Config) -> str:
+    """The same for what is kept and shown: without secrets (`nemo_opd.reliability.redact`)."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact_data(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
 def recipe_layer(path: Path) -> Layer:

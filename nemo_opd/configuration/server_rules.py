@@ -154,6 +154,11 @@ def _reachable(key: str, servers: ServersConfig) -> None:
         return
     for url in addresses(servers.urls):
         parts = urlsplit(url)
+        if "@" in parts.netloc:  # and it is not repeated here
+            expected = "addresses as in http://node1:8000, and the key in a file"
+            raise ConfigError(
+                f"{key}.urls", "an address with a name or password in it", expected, f"set {key}.key_file"
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             expected = "addresses as in http://node1:8000,http://node2:8000"
             raise ConfigError(f"{key}.urls", url, expected, "correct it")

@@ -1,11 +1,10 @@
 """What a run writes down: metrics.jsonl, TensorBoard events, samples of its rollouts and what the diagnosis says. Only
-rank 0 writes."""
+rank 0 writes, into files that its user alone may read, and without secrets that it knows."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +12,8 @@ from typing import IO, Any
 from torch import Tensor
 
 from nemo_opd.observe.token_scores import TokenScores, shown_rollouts
+from nemo_opd.reliability.files import open_private, private_folder, replace_private
+from nemo_opd.reliability.redact import redact_values
 from nemo_opd.types import Author, Rollout, StepReport
 
 Piece = Callable[[int], str]
@@ -33,9 +34,9 @@ class Recorder:
         self._piece = piece
         for name in ("metrics.jsonl", FINDINGS):
             _forget_steps(run_dir / name, first_step)
-        self._metrics: IO[str] = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        (run_dir / "rollouts").mkdir(exist_ok=True)
-        self._events = _summary_writer(run_dir / "tensorboard", first_step) if tensorboard else None
+        self._metrics: IO[str] = open_private(run_dir / "metrics.jsonl", "a")
+        private_folder(run_dir / "rollouts")
+        self._events = _summary_writer(private_folder(run_dir / "tensorboard"), first_step) if tensorboard else None
 
     def write(self, report: StepReport) -> None:
         """One line of metrics.jsonl and one scalar per metric."""
@@ -50,8 +51,8 @@ class Recorder:
     def write_findings(self, findings: Sequence[Mapping[str, Any]]) -> None:
         """What the diagnosis says of a step."""
         if findings:
-            with (self._folder / FINDINGS).open("a") as file:
-                file.writelines(json.dumps(finding) + "\n" for finding in findings)
+            with open_private(self._folder / FINDINGS, "a") as file:
+                file.writelines(redact_values(json.dumps(finding)) + "\n" for finding in findings)
 
     def has_evaluation(self, step: int) -> bool:
         """Do the results of this step's evaluation stand in metrics.jsonl?"""
@@ -68,12 +69,12 @@ class Recorder:
         """
         if not self._rollouts_per_step:
             return
-        with (self._folder / "rollouts" / f"step-{step:08d}.jsonl").open("w") as file:
+        with open_private(self._folder / "rollouts" / f"step-{step:08d}.jsonl") as file:
             for i in shown_rollouts(rollouts, self._rollouts_per_step):
                 fields = describe(rollouts[i])
                 if scores is not None:
                     fields["tokens"] = describe_tokens(rollouts[i], scores.get(i, {}), self._piece)
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                file.write(redact_values(json.dumps(fields, ensure_ascii=False)) + "\n")
 
     def close(self) -> None:
         self._metrics.close()
@@ -81,7 +82,8 @@ class Recorder:
             self._events.close()
 
     def _line(self, fields: Mapping[str, Any]) -> None:
-        self._metrics.write(json.dumps(fields) + "\n")
+        self._metrics.write(redact_values(json.dumps(fields)) + "\n")
+        self._metrics.flush()
 
     def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._events:
@@ -138,9 +140,7 @@ def _forget_steps(path: Path, first_step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    replace_private(path, "".join(line + "\n" for line in kept))
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:

@@ -27,6 +27,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_opd.reliability.files import replace_private
+from nemo_opd.reliability.redact import redact
+
 log = logging.getLogger(__name__)
 
 ATTEMPT_VARIABLE = "NEMO_OPD_ATTEMPT"
@@ -95,14 +98,8 @@ def write_outcome(
     run_dir: Path, status: Status | str, step: int | None, reason: str, attempt: str, rank: int = 0
 ) -> Outcome:
     """Replace `outcome.json`; a reader sees the old file or the new one, never a part."""
-    outcome = Outcome(Status(status), step, reason, attempt, rank)
-    temporary = run_dir / f".{OUTCOME_FILE}.{secrets.token_hex(4)}"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(outcome), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run_dir / OUTCOME_FILE)
+    outcome = Outcome(Status(status), step, redact(reason), attempt, rank)
+    replace_private(run_dir / OUTCOME_FILE, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nemo_opd.engines.vllm.settings import ServerSettings
+from nemo_opd.reliability.files import private_descriptor, private_folder, write_private
 from nemo_opd.types import StopRequested
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ class LocalServers:
         assert name not in self._processes or self._processes[name].poll() is not None, name
         token = secrets.token_hex(4)
         ready, file = self._scratch / f"{name}-{token}.ready", self._scratch / f"{name}-{token}.json"
-        file.write_text(replace(settings, ready_file=str(ready)).to_json())
-        self._logs.mkdir(parents=True, exist_ok=True)
-        with self._log(name).open("ab") as log:
+        write_private(file, replace(settings, ready_file=str(ready)).to_json())
+        private_folder(self._logs)
+        with os.fdopen(private_descriptor(self._log(name), os.O_WRONLY | os.O_APPEND), "ab") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "nemo_opd.engines.vllm.server", str(file)],
                 stdin=subprocess.DEVNULL,

@@ -41,7 +41,9 @@ from nemo_opd.engines.vllm.wire import (
     Sleep,
     Transfer,
 )
+from nemo_opd.reliability import redact
 from nemo_opd.reliability.child import end_with_parent
+from nemo_opd.reliability.files import replace_private
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +167,7 @@ def _vllm_version() -> str:
 def main() -> int:
     settings = ServerSettings.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     end_with_parent(signal.SIGTERM)
+    redact.install()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name, value in environment(settings, torch.cuda.is_available()).items():
         os.environ.setdefault(name, value)
@@ -195,10 +198,7 @@ async def _serve(settings: ServerSettings, engine: Any, app: Starlette, listener
 
 
 def _announce(path: Path, url: str) -> None:
-    """Written aside and renamed: a reader never sees half of it."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps({"url": url}))
-    unfinished.replace(path)
+    replace_private(path, json.dumps({"url": url}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from nemo_opd.reliability.redact import remember
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -91,9 +94,11 @@ def read_key(path: str | Path | None) -> str | None:
     if path is None:
         return None
     file = Path(path)
-    if file.stat().st_mode & 0o077:
-        raise ValueError(f"key file {file}: others than its owner may read it; chmod 600 it")
-    key = file.read_text(encoding="utf-8").strip()
+    with file.open(encoding="utf-8") as opened:  # looked at when it is open: it may be replaced in between
+        if os.fstat(opened.fileno()).st_mode & 0o077:
+            raise ValueError(f"key file {file}: others than its owner may read it; chmod 600 it")
+        key = opened.read().strip()
     if not key:
         raise ValueError(f"key file {file}: it is empty; write a key into it (openssl rand -hex 32)")
+    remember(key)
     return key
