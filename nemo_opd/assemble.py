@@ -40,7 +40,7 @@ from nemo_opd.engines.vllm.run_servers import RunServers, teacher_servers, write
 from nemo_opd.engines.vllm.scorer import VLLMScorer
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.run import Evaluation
-from nemo_opd.loop import Run
+from nemo_opd.loop import Run, oldest
 from nemo_opd.losses import build_loss, build_weight, for_prefix, with_reward
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
@@ -56,6 +56,8 @@ from nemo_opd.reliability.files import replace_private
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
+from nemo_opd.rollout.kept import FILE as ROLLOUTS_FILE
+from nemo_opd.rollout.kept import KeptRollouts
 from nemo_opd.rollout.prefix import MixedSource, PrefixSchedule, TeacherPrefixSource
 from nemo_opd.rollout.source import DatasetSource, RolloutSource, StudentSource
 from nemo_opd.stop.base import NoStop, StopRule
@@ -95,13 +97,13 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         prompts.seek(state.prompts)
         log.info("resuming from %s", newest)
     state.prompts = prompts.state()
+    decode = decoder(tokenizer)
+    earlier = KeptRollouts(newest / ROLLOUTS_FILE if newest else None, oldest(config.rollout), decode)
     key = config.data.teacher_key
     routing = None if key is None else Routing(key, list(config.teachers))
     context = build_teacher_context(config, routing)
     stop_rule = build_stop_rule(config, processes, tokenizer, context, generator, scorer)
-    stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
-    if any(teacher.source == "frozen" for teacher in config.every_teacher().values()):
-        stateful["frozen teacher"] = StartWeights(Path(config.student.model), processes)
+    stateful = build_stateful(config, processes, stop_rule)
     restore(stateful, state)
     if processes.is_first:
         replace_private(folder / "config.yaml", config_text)
@@ -110,8 +112,8 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         config_text=config_text,
         folder=folder,
         processes=processes,
-        ahead=build_ahead(config, prompts, processes, stop),
-        decode=decoder(tokenizer),
+        ahead=build_ahead(config, prompts, processes, stop, earlier),
+        decode=decode,
         source=build_source(config, tokenizer, generator, stop_rule),
         verifier=build_verifier(config.verify),
         context=context,
@@ -329,10 +331,20 @@ def build_measure(
     return Measure(FullDivergence(student, scorer, own, theirs), processes)
 
 
-def build_ahead(config: Config, prompts: PromptStream, processes: Processes, stop: StopRequest) -> RolloutsAhead:
+def build_stateful(config: Config, processes: Processes, stop_rule: StopRule) -> dict[str, Stateful]:
+    """By name, what remembers something from step to step. Collective."""
+    stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
+    if any(teacher.source == "frozen" for teacher in config.every_teacher().values()):
+        stateful["frozen teacher"] = StartWeights(Path(config.student.model), processes)
+    return stateful
+
+
+def build_ahead(
+    config: Config, prompts: PromptStream, processes: Processes, stop: StopRequest, earlier: KeptRollouts
+) -> RolloutsAhead:
     """The prompts from where the stream stands on, with rollouts as far ahead as the recipe says."""
     train, staleness = config.train, config.rollout.staleness
-    return RolloutsAhead(prompts, processes, stop.requested, train.prompts_per_step, staleness, train.steps)
+    return RolloutsAhead(prompts, processes, stop.requested, train.prompts_per_step, staleness, train.steps, earlier)
 
 
 def build_source(

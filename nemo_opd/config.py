@@ -158,7 +158,7 @@ class RolloutConfig:
     """Sequences that are written at a time by one process (hf), or one server (vllm)."""
     dtype: str = "float32"
     refit_every: int = 1
-    """Steps between two refits of the generator. An evaluation and a resume refit as well."""
+    """Steps between two refits of the generator. An evaluation, a checkpoint and a resume refit as well."""
     staleness: int = 0
     """Rollouts of the next so many steps are written while a step trains (engine vllm); 0: first the one, then the
     other. A token is at most staleness + refit_every - 1 optimizer steps old."""

@@ -43,6 +43,7 @@ from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.advantages import groups, redraws_of, says_nothing, verifier_advantages
 from nemo_opd.rollout.ahead import RolloutsAhead, check_versions
 from nemo_opd.rollout.exchange import gather_rollouts
+from nemo_opd.rollout.kept import FILE as ROLLOUTS_FILE
 from nemo_opd.rollout.source import RolloutSource
 from nemo_opd.stop.base import StopRule
 from nemo_opd.teacher.contexts import TeacherContext
@@ -133,8 +134,10 @@ def train(run: Run) -> bool:
             if report.step == steps or _due(run.config.checkpoint.every, report.step):
                 save(run)
                 saved = report.step
+                if run.source.follows_policy and report.step < steps:
+                    refit_generator(run)  # as a run does that resumes from it
             evaluated = evaluate(run)  # after saving: an evaluation that fails costs no trained step
-    if saved < run.state.step:
+    if saved < run.state.step or run.processes.any(run.ahead.finished_more(run.state.step)):
         save(run)
     progress.close()
     return evaluated and run.state.step >= steps
@@ -242,18 +245,20 @@ def spread(run: Run, rollouts: Sequence[Rollout], advantages: Sequence[float]) -
     return [[i for i in members if not useless[i]] for members in parts]
 
 
-def written(run: Run, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+def written(
+    run: Run, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout]
+) -> Iterator[Rollout]:
     """This rank's share of a step's responses with the verifier's reward, as they finish; served teachers begin to
     score them. In a thread of its own where the step is still ahead."""
     mine = [prompts[i] for i in run.processes.share(len(prompts))]
-    rollouts = verified(run, run.source.rollouts(mine, step, stop_requested))
+    rollouts = verified(run, run.source.rollouts(mine, step, stop_requested, ready))
     return rollouts if run.early is None else run.early.watched(rollouts)
 
 
 def verified(run: Run, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
     """The same rollouts with the verifier's reward."""
     for rollout in rollouts:
-        if run.verifier is not None:
+        if run.verifier is not None and rollout.reward is None:  # an earlier attempt may have verified it
             rollout = replace(rollout, reward=run.verifier(rollout.text, rollout.prompt))
         yield rollout
 
@@ -426,7 +431,8 @@ def evaluate(run: Run) -> bool:
 def save(run: Run) -> None:
     """Commit a checkpoint of the current step."""
     run.state.algorithm = {name: part.state() for name, part in run.stateful.items()}
-    path = run.store.save(run.trainer, run.state, run.config_text)
+    kept = run.ahead.kept(run.state.step)
+    path = run.store.save(run.trainer, run.state, run.config_text, {ROLLOUTS_FILE: kept} if kept else {})
     log.info("saved %s", path)
 
 

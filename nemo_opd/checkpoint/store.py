@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from nemo_opd.engines.protocols import Trainer
@@ -104,8 +105,13 @@ class CheckpointStore:
             )
         return self.folder / name if name else None
 
-    def save(self, trainer: Trainer, state: RunState, config_text: str) -> Path:
-        """Write a checkpoint of `state.step` and drop the oldest beyond `keep`. Collective."""
+    def save(
+        self, trainer: Trainer, state: RunState, config_text: str, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Path:
+        """Write a checkpoint of `state.step` and drop the oldest beyond `keep`. Collective.
+
+        `files` are of the run's own, by name; those of rank 0 are written.
+        """
         final = self.folder / f"step-{state.step:08d}"
         name = self._processes.broadcast_text(f"tmp-{state.step:08d}-{secrets.token_hex(4)}")
         temporary = self.folder / name
@@ -115,6 +121,8 @@ class CheckpointStore:
         trainer.save(temporary / MODEL_FOLDER)
         self._processes.barrier()
         if self._processes.is_first:
+            for name, content in files.items():
+                _write_synced(temporary / name, content)
             _write_synced(temporary / CONFIG_FILE, config_text)
             _write_synced(temporary / STATE_FILE, json.dumps(asdict(state), indent=1))
             if final.exists():  # the same step again, after a resume that went back to an older checkpoint
@@ -167,9 +175,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def _write_synced(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

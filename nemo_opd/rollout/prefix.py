@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nemo_opd.engines.protocols import Generator
 from nemo_opd.rollout.seeds import derive_uniform
-from nemo_opd.rollout.source import DatasetSource, StudentSource
+from nemo_opd.rollout.source import DatasetSource, StudentSource, name_of
 from nemo_opd.types import Author, GenerateRequest, Prompt, Rollout, Sampling, StopRequested
 
 
@@ -56,10 +56,12 @@ class TeacherPrefixSource:
     schedule: PrefixSchedule
     follows_policy: bool = True
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+    def rollouts(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout] = ()
+    ) -> Iterator[Rollout]:
         requests = self.student.requests(prompts)
         prefixes = self._prefixes(requests, step, stop_requested)
-        begun = [replace(r, prefix_ids=prefixes.get(_name(r), ()), prefix_author=Author.TEACHER) for r in requests]
+        begun = [replace(r, prefix_ids=prefixes.get(name_of(r), ()), prefix_author=Author.TEACHER) for r in requests]
         return self.student.written(begun, stop_requested)
 
     def _prefixes(
@@ -71,11 +73,7 @@ class TeacherPrefixSource:
         if not wanted:
             return {}
         written = self.teacher.generate(wanted, Sampling(max(lengths)), stop_requested)
-        return {_name(rollout): tuple(rollout.response_ids.tolist()) for rollout in written}
-
-
-def _name(written: GenerateRequest | Rollout) -> tuple[int, int, int]:
-    return written.prompt.epoch, written.prompt.index, written.sample
+        return {name_of(rollout): tuple(rollout.response_ids.tolist()) for rollout in written}
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,9 @@ class MixedSource:
     def student_writes(self, prompt: Prompt) -> bool:
         return derive_uniform("on policy", self.seed, prompt.epoch, prompt.index) < self.on_policy_share
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+    def rollouts(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout] = ()
+    ) -> Iterator[Rollout]:
         own = [prompt for prompt in prompts if self.student_writes(prompt)]
         yield from self.dataset.rollouts([p for p in prompts if not self.student_writes(p)], step, stop_requested)
-        yield from self.student.rollouts(own, step, stop_requested)
+        yield from self.student.rollouts(own, step, stop_requested, ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -22,8 +23,13 @@ class RolloutSource(Protocol):
     def follows_policy(self) -> bool:
         """Does the student write, so that its generator wants the new weights after a step?"""
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
-        """Every sample of every prompt, in any order; fewer when a stop was requested. `step` counts from 0."""
+    def rollouts(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout] = ()
+    ) -> Iterator[Rollout]:
+        """Every sample of every prompt, in any order; fewer when a stop was requested. `step` counts from 0.
+
+        What the student wrote before and is `ready`, for these prompts or others, it does not write again.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,14 @@ class StudentSource:
     seed: int
     follows_policy: bool = True
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
-        return self.written(self.requests(prompts), stop_requested)
+    def rollouts(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout] = ()
+    ) -> Iterator[Rollout]:
+        there = {name_of(rollout): rollout for rollout in ready}
+        requests = self.requests(prompts)
+        missing = [request for request in requests if name_of(request) not in there]
+        handed_on = [there[name_of(request)] for request in requests if name_of(request) in there]
+        return chain(handed_on, self.written(missing, stop_requested))
 
     def requests(self, prompts: Sequence[Prompt]) -> list[GenerateRequest]:
         """One for each sample of each prompt."""
@@ -61,7 +73,9 @@ class DatasetSource:
     max_new_tokens: int
     follows_policy: bool = False
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+    def rollouts(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout] = ()
+    ) -> Iterator[Rollout]:
         for prompt in prompts:
             if prompt.response is None:
                 raise ConfigError(
@@ -89,3 +103,8 @@ def dataset_rollout(prompt: Prompt, ids: torch.Tensor, finish: Finish) -> Rollou
         finish=finish,
         text=prompt.response or "",
     )
+
+
+def name_of(written: GenerateRequest | Rollout) -> tuple[int, int, int]:
+    """Epoch, index, sample: what tells a response from all others of a run."""
+    return written.prompt.epoch, written.prompt.index, written.sample

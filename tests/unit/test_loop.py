@@ -37,7 +37,8 @@ def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -
     return SimpleNamespace(
         **{"config": config, "processes": processes, "stop": stop, "folder": folder, "state": state},
         **{"recorder": recorder, "evaluation": None, "generator": object()},
-        **{"ahead": SimpleNamespace(close=lambda: None)},
+        **{"ahead": SimpleNamespace(close=lambda: None, finished_more=lambda step: False, kept=lambda step: b"")},
+        **{"source": SimpleNamespace(follows_policy=True)},
         **{"diagnosis": Diagnosis(config.diagnose, state.diagnosis), "diagnosed": ""},
     )
 

@@ -32,8 +32,9 @@ from nemo_opd.loop import Run, train
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.ahead import RolloutsAhead
+from nemo_opd.rollout.kept import FILE, KeptRollouts
 from nemo_opd.rollout.seeds import derive_seed
-from nemo_opd.rollout.source import StudentSource
+from nemo_opd.rollout.source import StudentSource, name_of
 from nemo_opd.stop.base import NoStop
 from nemo_opd.types import (
     Author,
@@ -156,11 +157,11 @@ def rollout(request: GenerateRequest, versions: Tensor) -> Rollout:
         policy_version=versions.clone(),
         loss_mask=torch.ones(count, dtype=torch.bool),
         finish=Finish.LENGTH,
-        text=text(ids),
+        text=decode(ids),
     )
 
 
-def text(ids: Tensor) -> str:
+def decode(ids: Tensor) -> str:
     return " ".join(map(str, ids.tolist()))
 
 
@@ -214,15 +215,18 @@ def make_run(
     steps: int = 6,
     shuffle: int | None = None,
     evaluate_every: int = 0,
-    state: RunState | None = None,
+    save_every: int = 100,
+    resumed: Path | None = None,
 ) -> Run:
-    state = state or RunState()
+    """`resumed`: from this checkpoint."""
+    state = read_state(resumed) if resumed else RunState()
+    kept = KeptRollouts(resumed / FILE if resumed else None, staleness, decode)
     config = Config(
         run=RunConfig(dir=str(folder)),
         data=DataConfig(path="unused"),
         rollout=RolloutConfig(staleness=staleness, samples_per_prompt=SAMPLES),
         train=TrainConfig(steps=steps, prompts_per_step=PROMPTS, micro_batch_tokens=16),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=save_every),
         evaluate=EvaluateConfig(every=evaluate_every),
         observe=ObserveConfig(rollouts_per_step=0, progress=False),
     )
@@ -245,8 +249,8 @@ def make_run(
         config_text="a recipe",
         folder=folder,
         processes=processes,
-        ahead=RolloutsAhead(stream, processes, stop.requested, PROMPTS, staleness, steps),
-        decode=text,
+        ahead=RolloutsAhead(stream, processes, stop.requested, PROMPTS, staleness, steps, kept),
+        decode=decode,
         source=StudentSource(generator, sampling, SAMPLES, seed=0),
         verifier=grade,
         context=context,
@@ -270,10 +274,6 @@ def make_run(
 def parts(run: Run) -> tuple[Any, Any, Any]:
     """(generator, trainer, recorder), which are ours."""
     return run.generator, run.trainer, run.recorder
-
-
-def keys(asked: Sequence[Sequence[GenerateRequest]]) -> list[list[tuple[int, int, int]]]:
-    return [[(request.prompt.index, request.sample, request.seed) for request in call] for call in asked]
 
 
 def threads() -> list[str]:
@@ -334,29 +334,6 @@ def test_the_order_in_which_responses_finish_changes_nothing(tmp_path: Path, sta
             assert torch.equal(row.tokens.policy_version, same.tokens.policy_version)
 
 
-def test_what_was_ahead_when_the_run_ended_is_begun_again_with_the_same_seeds(tmp_path: Path) -> None:
-    run = make_run(tmp_path, staleness=2)
-    generator, _, recorder = parts(run)
-    stopper = stop_once(run, lambda: len(recorder.reports) == 3)
-    assert not train(run)
-    stopper.join()
-    done = run.state.step
-    assert 3 <= done < 6
-    newest = newest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
-    state = read_state(newest)
-    assert (state.step, state.prompts) == (done, {"position": done * PROMPTS})
-    assert threads() == []
-    ahead = [call for call in keys(generator.asked) if call[0][0] // PROMPTS >= done]
-    assert ahead, "the test is blind where nothing was ahead"
-
-    again = make_run(tmp_path, staleness=2, state=state)
-    assert train(again)
-    begun = keys(parts(again)[0].asked)
-    assert sorted(call[0][0] // PROMPTS for call in begun) == list(range(done, 6))
-    assert all(call in begun for call in ahead)
-
-
 def test_a_stop_request_ends_a_step_whose_rollouts_are_still_being_written(tmp_path: Path) -> None:
     """Step 2 waits for weights that never come."""
     run = make_run(tmp_path, staleness=1)
@@ -415,23 +392,30 @@ def test_tokens_older_than_may_be_are_not_trained_on(tmp_path: Path) -> None:
 
 
 class HeldGenerator:
-    """Writes at once with the weights that it has, but a step of `held` not before it is let go."""
+    """Writes at once with the weights that it has, but a step of `held` not before it is let go, apart from its first
+    `before` responses."""
 
-    def __init__(self, held: Sequence[int] = ()) -> None:
+    def __init__(self, held: Sequence[int] = (), before: int = 0) -> None:
         self.version = -1
         self.held = {step: threading.Event() for step in held}
+        self.before = before
         self.begun: list[int] = []
         self.finished: list[int] = []
+        self.versions: dict[tuple[int, int, int], int] = {}
+        """Of the weights that wrote each response."""
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, stop_requested: StopRequested
     ) -> Iterator[Rollout]:
+        if not requests:
+            return
         step, version = step_of(requests[0].prompt), self.version
         self.begun.append(step)
-        while step in self.held and not self.held[step].wait(0.01):
-            if stop_requested():
-                return
-        for request in requests:
+        for number, request in enumerate(requests):
+            while number >= self.before and step in self.held and not self.held[step].wait(0.01):
+                if stop_requested():
+                    return
+            self.versions[name_of(request)] = version
             yield rollout(request, torch.full((LENGTH,), version))
         self.finished.append(step)
 
@@ -500,3 +484,37 @@ def test_a_slow_writer_holds_the_trainer_back(tmp_path: Path) -> None:
         responses = {token(derive_seed(0, 0, step * PROMPTS, 0), 0, version) for version in range(step + 1)}
         assert responses & {int(i) for row in batch.rows for i in row.tokens.ids}
     assert run.state.prompts == {"position": 6 * PROMPTS}
+
+
+@pytest.mark.parametrize("save_every", [100, 1], ids=["saved when it ends", "saved before it ends"])
+def test_what_was_finished_when_the_run_ended_is_trained_on_by_the_next(tmp_path: Path, save_every: int) -> None:
+    """Half of step 4 and all of step 5 were written: they are trained on as they are, and the other half of step 4 is
+    drawn again with its seeds."""
+    first = HeldGenerator(held=[4], before=PROMPTS * SAMPLES // 2)
+    run = with_generator(make_run(tmp_path, staleness=2, save_every=save_every), first)
+    stopper = stop_once(run, lambda: run.state.step == 4 and 5 in first.finished and run.ahead.finished_more(4))
+    assert not train(run)
+    stopper.join()
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    state = read_state(newest)
+    assert (state.step, state.prompts) == (4, {"position": 4 * PROMPTS})
+    assert threads() == []
+
+    second = HeldGenerator()
+    again = with_generator(make_run(tmp_path, staleness=2, resumed=newest), second)
+    assert train(again)
+    every = [(0, index, sample) for index in range(4 * PROMPTS, 6 * PROMPTS) for sample in range(SAMPLES)]
+    half = PROMPTS * SAMPLES // 2
+    assert sorted(second.versions) == every[half : 2 * half], "what was finished is not written again"
+    assert {first.versions[name] for name in every if name in first.versions} < {2, 3, 4}, "by older policies"
+    versions = {**first.versions, **second.versions}
+    for step, batch in enumerate(parts(again)[1].batches, start=4):
+        tokens = [row.tokens for row in batch.rows]
+        names = [every[(step - 4) * 2 * half + key] for row in batch.rows for key in row.keys]
+        ids = [token(derive_seed(0, *name), offset, versions[name]) for name in names for offset in range(LENGTH)]
+        assert torch.cat([part.ids for part in tokens]).tolist() == ids
+        trained_versions = torch.cat([part.policy_version for part in tokens]).tolist()
+        assert trained_versions == [versions[name] for name in names for _ in range(LENGTH)]
+    assert [report.step for report in parts(again)[2].reports] == [5, 6]
+    assert again.state.prompts == {"position": 6 * PROMPTS}

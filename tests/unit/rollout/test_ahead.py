@@ -40,7 +40,9 @@ class Writer:
         self.finished: list[int] = []
         self.held = {step: threading.Event() for step in held}
 
-    def __call__(self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+    def __call__(
+        self, prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Sequence[Rollout]
+    ) -> Iterator[Rollout]:
         self.begun.append(step)
         while step in self.held and not self.held[step].wait(0.01):
             if stop_requested():
@@ -132,7 +134,7 @@ def test_closing_twice_is_closing_once() -> None:
     assert threads() == []
 
 
-def failing(prompts: Sequence[Prompt], step: int, stop_requested: StopRequested) -> Iterator[Rollout]:
+def failing(prompts: Sequence[Prompt], step: int, stop_requested: StopRequested, ready: Any) -> Iterator[Rollout]:
     yield make_rollout(prompts[0].index, 3)
     if step == 1:
         raise ValueError("no ink")
