@@ -30,6 +30,9 @@ class LayoutConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer, each of which holds some of them whole. Of mixtures of experts, which
+    `nemo-opd plan` plans and no engine trains yet."""
 
 
 @dataclass

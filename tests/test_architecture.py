@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": NOUNS,
     "report": {"configuration", "reliability", *NOUNS},
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
+    "planning": {"configuration", *NOUNS},
     "tasks": {"prompts", *NOUNS},
     "doctor": {
         *("configuration", "engines.protocols", "engines.vllm.settings", "prompts", "rollout", *NOUNS),
@@ -87,7 +88,8 @@ PROGRAMS = {
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock", "reliability.files", "reliability.redact", "report", "doctor.bounds")  # fmt: skip
+         "reliability.lock", "reliability.files", "reliability.redact", "report", "doctor.bounds",
+         "planning")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +19,13 @@ from nemo_opd.config import (
     Config,
     DatasetPrefix,
     LayoutConfig,
-    TeacherConfig,
 )
 from nemo_opd.configuration.context_rules import context_rules
-from nemo_opd.configuration.model_files import ModelSizes, read_model_sizes
+from nemo_opd.configuration.model_files import read_model_sizes
+from nemo_opd.configuration.model_rules import check_models
 from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
 from nemo_opd.configuration.reward_rules import reward_rules
-from nemo_opd.configuration.server_rules import server_rules
+from nemo_opd.configuration.server_rules import reachable_servers, server_rules
 from nemo_opd.configuration.staleness_rules import staleness_rules
 from nemo_opd.configuration.stop_rules import stop_rules
 from nemo_opd.configuration.teacher_rules import teacher_rules
@@ -72,9 +71,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1),
     "student.tensor_model_parallel_size": (1, math.inf),
     "student.pipeline_model_parallel_size": (1, math.inf),
+    "student.expert_model_parallel_size": (1, math.inf),
     "student.vocab_padding_multiple": (1, math.inf),
     "teacher.tensor_model_parallel_size": (1, math.inf),
     "teacher.pipeline_model_parallel_size": (1, math.inf),
+    "teacher.expert_model_parallel_size": (1, math.inf),
     "teacher.micro_batch_tokens": (1, math.inf),
     "teacher.decay": (0, 1),
     "teacher.weight": (1e-9, math.inf),
@@ -183,6 +184,15 @@ _Rule = TypeVar("_Rule")
 
 def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse what cannot work. Reads small files only; raises ConfigError."""
+    check_settings(config)
+    for rule in (reachable_servers, _optimizer_here, _run_folder, _data_files):
+        rule(config)
+    check_models(config, read_model_sizes)
+    world_size(config, environment)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that do not go together on any machine. Raises ConfigError."""
     for rule in (
         _choices,
         _ranges,
@@ -199,22 +209,8 @@ def check(config: Config, environment: Mapping[str, str] = os.environ) -> None:
         weight_rules,
         _schedule,
         _evaluation,
-        _run_folder,
-        _data_files,
     ):
         rule(config)
-    student = read_model_sizes("student.model", Path(config.student.model), convertible=True)
-    _layout("student", config.student, student)
-    _vocabulary(config, student)
-    models = {"student": student}
-    for key, teacher in config.every_teacher().items():
-        if teacher.engine != "none":
-            models[key] = student if teacher.source != "external" else _scoring_model(key, "model", teacher, student)
-        if teacher.base_model is not None:
-            base = "base" if key == "teacher" else f"base of {key}"
-            models[base] = _scoring_model(key, "base_model", teacher, student)
-    _lengths(config, models)
-    world_size(config, environment)
 
 
 def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> int:
@@ -311,7 +307,10 @@ def _schedule(config: Config) -> None:
     if optimizer.warmup_steps > steps:
         way_out = "shorten the warm-up or train longer"
         raise ConfigError("optimizer.warmup_steps", optimizer.warmup_steps, f"at most train.steps ({steps})", way_out)
-    if optimizer.distributed and importlib.util.find_spec("transformer_engine") is None:
+
+
+def _optimizer_here(config: Config) -> None:
+    if config.optimizer.distributed and importlib.util.find_spec("transformer_engine") is None:
         expected = "false or null, as Transformer Engine is not installed and a resume needs its Adam"
         raise ConfigError("optimizer.distributed", True, expected, "leave it out")
 
@@ -359,89 +358,3 @@ def _data_files(config: Config) -> None:
             )
         if not path.is_dir() and path.suffix not in (".jsonl", ".parquet"):
             raise ConfigError(key, path, "a name in .jsonl or .parquet, or a folder", "convert or rename the file")
-
-
-def _scoring_model(key: str, name: str, teacher: TeacherConfig, student: ModelSizes) -> ModelSizes:
-    """Of a teacher or its base: read, found to fit the layout and to know every token of the student."""
-    megatron = teacher.engine == "megatron"
-    sizes = read_model_sizes(f"{key}.{name}", Path(str(getattr(teacher, name))), convertible=megatron)
-    if megatron:
-        _layout(key, teacher, sizes)
-    if sizes.vocabulary < student.vocabulary:
-        got, expected = f"a vocabulary of {sizes.vocabulary}", f"at least the student's {student.vocabulary}"
-        raise ConfigError(f"{key}.{name}", got, expected, "use a teacher that knows every token of the student")
-    if teacher.servers.protocol == "openai" and sizes.vocabulary > student.vocabulary:
-        expected = (
-            f"own for a teacher of {sizes.vocabulary} ids and a student of {student.vocabulary}, as a stock server's "
-            "probabilities are about all ids that its model knows"
-        )
-        way_out = "serve it with nemo_opd.engines.vllm.server (scored_ids), or leave urls out too"
-        raise ConfigError(f"{key}.servers.protocol", "openai", expected, way_out)
-    if teacher.engine == "vllm" and sizes.positions is not None:  # a server keeps one for a token that it would write
-        return replace(sizes, positions=sizes.positions - 1)
-    return sizes
-
-
-def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
-    """Do the model's sizes divide? Key-value heads may be fewer than ranks: Megatron then cuts them."""
-    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    groups = model.key_value_heads
-    fitting = [
-        size
-        for size in _divisors(math.gcd(model.attention_heads, model.feed_forward))
-        if groups % size == 0 or size % groups == 0
-    ]
-    if tensor not in fitting:
-        expected = (
-            f"{_alternatives(fitting)} ({model.attention_heads} attention heads and a feed-forward width of "
-            f"{model.feed_forward} divide by these, and {groups} key-value heads divide by them or divide them)"
-        )
-        raise ConfigError(f"{who}.tensor_model_parallel_size", tensor, expected, "set it to one of these")
-    if model.layers % pipeline:
-        expected = f"{_alternatives(_divisors(model.layers))} (divisors of {model.layers} layers)"
-        raise ConfigError(f"{who}.pipeline_model_parallel_size", pipeline, expected, "set it to one of these")
-    if layout.sequence_parallel and tensor == 1:
-        way_out = f"leave it out, or raise {who}.tensor_model_parallel_size"
-        raise ConfigError(f"{who}.sequence_parallel", True, "false with tensor_model_parallel_size 1", way_out)
-
-
-def _vocabulary(config: Config, model: ModelSizes) -> None:
-    """Padding goes to the last shard; a shard of nothing but padding has no normaliser."""
-    tensor, multiple = config.student.tensor_model_parallel_size, config.student.vocab_padding_multiple
-    shard = math.ceil(model.vocabulary / (multiple * tensor)) * multiple
-    if (tensor - 1) * shard >= model.vocabulary:
-        expected = f"so small that each of {tensor} ranks holds some of the {model.vocabulary} vocabulary entries"
-        raise ConfigError("student.vocab_padding_multiple", multiple, expected, "lower it (1 always works)")
-    for slot, choice in (("loss", config.loss), ("stop", config.stop)):
-        unread = getattr(choice, "divergence", "") == "full" or getattr(choice, "outlier", "forward_kl") != "forward_kl"
-        k = 0 if unread else getattr(choice, "k", 0)
-        if k > model.vocabulary:
-            raise ConfigError(f"{slot}.k", k, f"at most the student's vocabulary of {model.vocabulary}", "lower it")
-
-
-def _lengths(config: Config, models: Mapping[str, ModelSizes]) -> None:
-    responses = {"rollout.max_new_tokens": (config.rollout.max_new_tokens, models)}
-    if config.evaluate.path is not None and config.evaluate.max_new_tokens is not None:  # no teacher reads these
-        responses["evaluate.max_new_tokens"] = (config.evaluate.max_new_tokens, {"student": models["student"]})
-    for key, (new_tokens, readers) in responses.items():
-        for who, model in readers.items():
-            if model.positions is not None and config.data.max_prompt_tokens + new_tokens > model.positions:
-                got = f"{new_tokens} after a prompt of up to {config.data.max_prompt_tokens}"
-                expected = f"together at most the {model.positions} positions of the {who}"
-                raise ConfigError(key, got, expected, "lower it or data.max_prompt_tokens")
-    inserted = getattr(config.context, "max_tokens", 0)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    for who, model in models.items():
-        if inserted and who != "student" and longest + inserted > (model.positions or math.inf):
-            got = f"{inserted} besides up to {longest} of prompt and response"
-            expected = f"together at most the {model.positions} positions of the {who}"
-            raise ConfigError("context.max_tokens", got, expected, "lower it")
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _alternatives(numbers: Sequence[int]) -> str:
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last

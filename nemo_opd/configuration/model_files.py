@@ -29,6 +29,8 @@ class ModelSizes:
     positions: int | None
     """Longest sequence that the model was made for, and no longer than a Mistral's sliding window: so far the engines
     that know no window compute the same. None where the file does not say."""
+    experts: int = 0
+    """Of a layer; 0 in a dense model."""
 
 
 def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes:
@@ -41,22 +43,27 @@ def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes
     Raises:
         ConfigError: no such folder, no readable config.json, code in the folder, an unsupported architecture.
     """
-    values = _read_config(key, folder)
+    return sizes_of(key, str(folder / "config.json"), read_config(key, folder), convertible=convertible)
+
+
+def sizes_of(key: str, where: str, values: dict[str, Any], *, convertible: bool) -> ModelSizes:
+    """The sizes in a config.json that was found at `where`. Raises ConfigError as `read_model_sizes`."""
     if "auto_map" in values:
         way_out = "no code of a model is ever run: convert it to a supported architecture first"
-        raise ConfigError(key, f"{folder} with code of its own (auto_map)", "weights and JSON only", way_out)
+        raise ConfigError(key, f"{where} with code of its own (auto_map)", "weights and JSON only", way_out)
     architecture = (values.get("architectures") or ["none"])[0]
     if convertible and architecture not in SUPPORTED_ARCHITECTURES:
         expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         raise ConfigError(key, f"a model of architecture {architecture}", expected, "choose a model of these families")
     return ModelSizes(
         architecture=architecture,
-        layers=_count(key, folder, values, "num_hidden_layers"),
-        attention_heads=_count(key, folder, values, "num_attention_heads"),
-        key_value_heads=_count(key, folder, values, "num_key_value_heads", "num_attention_heads"),
-        feed_forward=_count(key, folder, values, "intermediate_size"),
-        vocabulary=_count(key, folder, values, "vocab_size"),
+        layers=_count(key, where, values, "num_hidden_layers"),
+        attention_heads=_count(key, where, values, "num_attention_heads"),
+        key_value_heads=_count(key, where, values, "num_key_value_heads", "num_attention_heads"),
+        feed_forward=_count(key, where, values, "intermediate_size"),
+        vocabulary=_count(key, where, values, "vocab_size"),
         positions=_positions(architecture, values),
+        experts=values.get("num_experts") or 0,
     )
 
 
@@ -66,15 +73,16 @@ def _positions(architecture: str, values: dict[str, Any]) -> int | None:
     return positions if window is None else min(window, positions or window)
 
 
-def _count(key: str, folder: Path, values: dict[str, Any], name: str, otherwise: str = "") -> int:
+def _count(key: str, where: str, values: dict[str, Any], name: str, otherwise: str = "") -> int:
     size = values.get(name, values.get(otherwise))
     if not isinstance(size, int) or size < 1:
-        got = f"{size} as {name} in {folder / 'config.json'}"
+        got = f"{size} as {name} in {where}"
         raise ConfigError(key, got, "a whole number from 1", "check the model folder")
     return size
 
 
-def _read_config(key: str, folder: Path) -> dict[str, Any]:
+def read_config(key: str, folder: Path) -> dict[str, Any]:
+    """A model folder's config.json as it stands. Raises ConfigError where there is none that can be read."""
     if not folder.is_dir():
         way_out = "give a folder in Hugging Face format (`hf download NAME --local-dir DIR` makes one)"
         raise ConfigError(key, f"no folder {folder}", "a model folder", way_out)

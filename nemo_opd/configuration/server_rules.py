@@ -47,7 +47,7 @@ def _writers(config: Config) -> None:
         way_out = "set it to what the servers were started with"
         expected = "the folder that these servers read weights from"
         raise ConfigError("rollout.servers.weights_dir", "nothing", expected, way_out)
-    _reachable("rollout.servers", servers)
+    _addresses("rollout.servers", servers)
 
 
 def _stock_writers(config: Config) -> None:
@@ -140,16 +140,25 @@ def _teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
         if (got := getattr(teacher.servers, name)) != getattr(ServersConfig(), name):
             expected = "nothing, as it is about servers that write"
             raise ConfigError(f"{key}.servers.{name}", got, expected, "leave it out")
-    _reachable(f"{key}.servers", teacher.servers)
+    _addresses(f"{key}.servers", teacher.servers)
 
 
-def _reachable(key: str, servers: ServersConfig) -> None:
-    if servers.key_file is not None and not Path(servers.key_file).is_file():
-        raise ConfigError(f"{key}.key_file", f"no file {servers.key_file}", "a file with the key", "check the path")
-    if servers.urls is None:
-        if importlib.util.find_spec("vllm") is None:
+def reachable_servers(config: Config) -> None:
+    """Raises ConfigError where this machine lacks the key of servers, or vLLM to start some with."""
+    used = {"rollout.servers": config.rollout.servers} if config.rollout.engine == "vllm" else {}
+    for key, teacher in config.every_teacher().items():
+        if teacher.engine == "vllm":
+            used[f"{key}.servers"] = teacher.servers
+    for key, servers in used.items():
+        if servers.key_file is not None and not Path(servers.key_file).is_file():
+            raise ConfigError(f"{key}.key_file", f"no file {servers.key_file}", "a file with the key", "check the path")
+        if servers.urls is None and importlib.util.find_spec("vllm") is None:
             way_out = f"install it (pip install 'nemo_opd[vllm]'), or name servers that stand already ({key}.urls)"
             raise ConfigError(f"{key}.urls", "nothing", "vLLM to start servers with; it is not installed here", way_out)
+
+
+def _addresses(key: str, servers: ServersConfig) -> None:
+    if servers.urls is None:
         _devices(key, servers)
         return
     for url in addresses(servers.urls):

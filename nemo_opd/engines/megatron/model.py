@@ -121,18 +121,31 @@ def build_model(
     """
     architecture = read_architecture(folder)
     architecture.check_layout(layout.tp, layout.pp, key)
-    megatron = _transformer_config(architecture, config, layout, dtype)
     with cpu.megatron_device():
-        model = HiddenStateModel(
-            config=megatron,
-            transformer_layer_spec=_block_spec(architecture, megatron, layout),
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
-            pg_collection=groups,
-            **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
-        )
+        megatron = transformer_config(architecture, config, layout, dtype)
+        spec = block_spec(architecture, megatron, layout)
+        model = empty_model(architecture, megatron, spec, layout, groups, vocab_padding_multiple)
         load_hf_weights(model, folder)
     return model, architecture
+
+
+def empty_model(
+    architecture: Architecture,
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    vocab_padding_multiple: int = 1,
+) -> HiddenStateModel:
+    """This rank's pipeline stage before it has weights."""
+    return HiddenStateModel(
+        config=config,
+        transformer_layer_spec=spec,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        pg_collection=groups,
+        **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
+    )
 
 
 def _leave(weight: Tensor) -> None:
@@ -140,9 +153,10 @@ def _leave(weight: Tensor) -> None:
     initialises it, so that switching initialisation off would break the gradient norm.)"""
 
 
-def _transformer_config(
+def transformer_config(
     architecture: Architecture, config: LayoutConfig, layout: Layout, dtype: torch.dtype
 ) -> TransformerConfig:
+    """What Megatron is told about the model and its layout."""
     engine = have_transformer_engine()
     return TransformerConfig(
         **architecture.transformer_config_fields(),
@@ -171,7 +185,7 @@ def _transformer_config(
     )
 
 
-def _block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
+def block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
     """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our two kernels."""
     norm: Any = RMSNorm
     qk_norm = architecture.family.qk_norm
@@ -181,12 +195,13 @@ def _block_spec(architecture: Architecture, config: TransformerConfig, layout: L
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
-        _use_local_kernels(layer.submodules, qk_norm)
+        use_local_kernels(layer.submodules, qk_norm)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
-def _use_local_kernels(layer: Any, qk_norm: bool) -> None:
+def use_local_kernels(layer: Any, qk_norm: bool) -> None:
+    """Put our norm and attention into a layer of Megatron's local spec."""
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention

@@ -79,7 +79,7 @@ class MegatronTrainer:
         self._names: tuple[str, ...] | None = None
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
-            self._ddp = _data_parallel(self.model, distributed, dtype)
+            self._ddp = data_parallel(self.model, distributed, dtype)
             self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype)
             self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
 
@@ -263,7 +263,7 @@ class MegatronTrainer:
         return self._names
 
 
-def _data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype) -> DistributedDataParallel:
+def data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype) -> DistributedDataParallel:
     """Gradients in fp32 (float64 for a float64 model), summed over replicas once at the end of a step."""
     config = model.config
     ddp = DistributedDataParallel(

@@ -105,6 +105,14 @@ CASES = [
     Bad("a_run_that_would_overwrite_its_student", "student.model: got run/model; expected a folder that this run does "
         "not write its own model to; choose another run.dir, or set checkpoint.export_at_end=false",
         ("run.dir=run", "student.model=run/model")),
+    Bad("experts_of_a_dense_model", "student.expert_model_parallel_size: got 2; expected 1, as the model has no "
+        "experts; leave it out", ("student.expert_model_parallel_size=2",)),
+    Bad("experts_that_do_not_divide", "teacher.expert_model_parallel_size: got 3; expected a divisor of the 8 experts "
+        "of a layer; change it", ("teacher.model=moe", "teacher.expert_model_parallel_size=3"),
+        prepare=lambda folder: write_model(folder / "moe", num_experts=8)),
+    Bad("a_mixture_of_experts", "student.model: got a model of architecture Qwen3MoeForCausalLM; expected one of "
+        "Qwen3ForCausalLM, ", ("student.model=moe",),
+        prepare=lambda folder: write_model(folder / "moe", architectures=["Qwen3MoeForCausalLM"])),
     Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
         "or 6 (divisors of 6 layers); set it to one of these", old="data:",
         new="  pipeline_model_parallel_size: 4\ndata:"),
@@ -444,8 +452,9 @@ CASES = [
         "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM; choose a model of these families",
         ("student.model=mamba",),
         prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
-    Bad("model_with_code", "student.model: got coded with code of its own (auto_map); expected weights and JSON only; "
-        "no code of a model is ever run: convert it to a supported architecture first", ("student.model=coded",),
+    Bad("model_with_code", "student.model: got coded/config.json with code of its own (auto_map); expected weights and "
+        "JSON only; no code of a model is ever run: convert it to a supported architecture first",
+        ("student.model=coded",),
         prepare=lambda folder: write_model(folder / "coded", auto_map={"AutoModel": "modeling.Model"})),
     Bad("model_without_sizes", "student.model: got None as vocab_size in sizeless/config.json; expected a whole number "
         "from 1; check the model folder", ("student.model=sizeless",),

@@ -1,0 +1,184 @@
+"""Ranks of any layout without a GPU and without memory: Megatron's own modules on the meta device.
+
+A fake process group plays hundreds of ranks in one process, one after the other; model and gradient buffers are made as
+the trainer makes them, but with tensors that have a shape and nothing else. Takes a fraction of a second for each rank.
+Only for a process of its own: it must not belong to a process group yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemo_opd.config import LayoutConfig
+from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron.families import architecture_of
+from nemo_opd.engines.megatron.model import (
+    HiddenStateModel,
+    block_spec,
+    dtype_of,
+    empty_model,
+    transformer_config,
+    use_local_kernels,
+)
+from nemo_opd.engines.megatron.parallel import Layout
+from nemo_opd.engines.megatron.trainer import data_parallel
+
+_META = torch.device("meta")
+_EXPERT_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """One rank as it was built."""
+
+    rank: int
+    stage: int
+    """Its pipeline stage."""
+    dense: int
+    """Numbers in parameters that all replicas share."""
+    expert: int
+    """Numbers in parameters of this rank's experts."""
+    parameter_bytes: int
+    gradient_bytes: int
+    """Of Megatron's gradient buffers, padding included; 0 for a model that is not trained."""
+
+
+def blueprints(
+    values: Mapping[str, Any],
+    where: str,
+    config: LayoutConfig,
+    world_size: int,
+    dtype: str,
+    vocab_padding_multiple: int = 1,
+    trained: bool = True,
+    distributed: bool = True,
+) -> Iterator[Blueprint]:
+    """Every distinct rank of a model: one of each pipeline stage, since the others of a stage hold equal shapes.
+
+    Args:
+        values: the model's config.json, found at `where`. Experts are built as Qwen3's, each whole on its rank.
+        distributed: whether the gradient buffers are those of the distributed optimizer.
+
+    Raises:
+        ConfigError: an unsupported model.
+        RuntimeError: this process belongs to a process group.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("got a process of a process group; expected one of its own, as ranks are played in it")
+    cpu.install()
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    dp = world_size // (tp * pp)
+    for stage in range(pp):
+        layout = Layout(tp, pp, dp, rank=stage * tp * dp)
+        with _fake_rank(layout, config.expert_model_parallel_size), _OnMeta(), _META:
+            model = _model(values, where, config, layout, dtype, vocab_padding_multiple)
+            gradients = _gradient_bytes(model, distributed, dtype) if trained else 0
+        yield _blueprint(layout, model, gradients)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Sends what names a device to the meta device; inside `torch.device("meta")`, which sends the rest."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device | int):
+            args = (args[0], _META, *args[2:])
+        if kwargs and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _META}
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _fake_rank(layout: Layout, experts_over: int) -> Iterator[None]:
+    """This process as one rank of the layout; every collective does nothing."""
+    world = layout.tp * layout.pp * layout.dp
+    dist.init_process_group("fake", store=FakeStore(), rank=layout.rank, world_size=world)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            expert_model_parallel_size=experts_over,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _model(
+    values: Mapping[str, Any],
+    where: str,
+    config: LayoutConfig,
+    layout: Layout,
+    dtype: str,
+    vocab_padding_multiple: int,
+) -> HiddenStateModel:
+    experts = [values.get(key) or 0 for key in _EXPERT_KEYS]
+    if experts[0]:  # what remains without them is a dense model, which the families know
+        values = {**values, "architectures": ["Qwen3ForCausalLM"]}
+    architecture = architecture_of(values, where)
+    megatron = transformer_config(architecture, config, layout, dtype_of(dtype, "dtype"))
+    spec = block_spec(architecture, megatron, layout)
+    if experts[0]:
+        megatron, spec = _with_experts(megatron, spec, experts, config.expert_model_parallel_size)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return empty_model(architecture, megatron, spec, layout, groups, vocab_padding_multiple)
+
+
+def _with_experts(
+    megatron: TransformerConfig, spec: TransformerBlockSubmodules, sizes: Sequence[int], over: int
+) -> tuple[TransformerConfig, TransformerBlockSubmodules]:
+    """The same layers with experts in the place of their MLP; `sizes` as in `_EXPERT_KEYS`, `over` so many ranks."""
+    number, per_token, width = sizes
+    megatron = replace(
+        megatron,
+        num_moe_experts=number,
+        moe_router_topk=per_token,
+        moe_ffn_hidden_size=width,
+        moe_router_load_balancing_type="none",
+        expert_model_parallel_size=over,
+        expert_tensor_parallel_size=1,
+    )
+    layer = get_gpt_layer_local_spec(num_experts=number, qk_layernorm=True, normalization="RMSNorm")
+    use_local_kernels(layer.submodules, qk_norm=True)
+    count = len(spec.layer_specs or [])
+    return megatron, TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=spec.layer_norm)
+
+
+def _gradient_bytes(model: HiddenStateModel, distributed: bool, dtype: str) -> int:
+    wrapped = data_parallel(model, distributed, dtype_of(dtype, "dtype"))
+    return sum(buffer.grad_data.nbytes for buffer in wrapped.buffers + wrapped.expert_parallel_buffers)
+
+
+def _blueprint(layout: Layout, model: HiddenStateModel, gradient_bytes: int) -> Blueprint:
+    parameters = list(model.parameters())
+    expert = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
+    return Blueprint(
+        rank=layout.rank,
+        stage=layout.pp_rank,
+        dense=sum(p.numel() for p in parameters) - expert,
+        expert=expert,
+        parameter_bytes=sum(p.nbytes for p in parameters),
+        gradient_bytes=gradient_bytes,
+    )
