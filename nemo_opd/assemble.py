@@ -86,7 +86,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     tokenizer = load_tokenizer(config.student.model)
     loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
     config_text = recorded_yaml(config)
-    store = CheckpointStore(folder, processes, config.checkpoint.keep)
+    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config))
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need, served)
     generator = build_generator(config, tokenizer, writers)
@@ -133,6 +133,12 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         started_at=state.step,
         stateful=stateful,
     )
+
+
+def layout_of(config: Config) -> dict[str, int]:
+    """What a checkpoint says of the layout that wrote it."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return {name: getattr(config.student, name) for name in names}
 
 
 def finish(run: Run, done: bool) -> None:

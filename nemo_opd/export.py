@@ -6,11 +6,12 @@ Done by one process: Megatron's distributed checkpoint is read back without any 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_opd.checkpoint.store import CONFIG_FILE, MODEL_FOLDER, newest_checkpoint, read_state
+from nemo_opd.checkpoint.store import CONFIG_FILE, MODEL_FOLDER, newest_checkpoint, read_state, require_whole
 from nemo_opd.config import Config, LayoutConfig
 from nemo_opd.configuration.load import load
 from nemo_opd.engines.megatron.checkpoint import load_model
@@ -33,13 +34,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@functools.cache  # reading every byte once is enough
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest one of a run folder.
+    """The checkpoint itself, or the newest one of a run folder; every byte of it was compared with its manifest.
 
     Raises:
-        ConfigError: a run without a checkpoint.
+        ConfigError: a run without a checkpoint, or one that does not hold.
     """
     if (path / MODEL_FOLDER).is_dir() and (path / CONFIG_FILE).exists() and not (path / "checkpoints").exists():
+        require_whole(path)
         return path
     newest = newest_checkpoint(path / "checkpoints")
     if newest is None:

@@ -44,6 +44,22 @@ class Place:
         return self.rank in self.loss_ranks[self.data_parallel_rank]
 
 
+class Snapshot(Protocol):
+    """A trainer's state of one moment on its way into a folder."""
+
+    def write(self) -> Iterator[str]:
+        """Write this rank's files and yield the name of each, below the folder, when it is written.
+
+        Not collective, from any thread: the trainer may go on meanwhile.
+        """
+
+    def finish(self) -> Sequence[str]:
+        """Write what is to be said about all ranks' files; returns the names of what this rank wrote for it.
+
+        Collective, when every rank has written. Whatever is raised is raised after the last collective.
+        """
+
+
 @runtime_checkable
 class Trainer(Protocol):
     """The student under training."""
@@ -60,11 +76,11 @@ class Trainer(Protocol):
     def export_weights(self) -> Iterator[NamedTensor]:
         """Every weight under its Hugging Face name, one at a time, whole on every rank. Collective: exhaust it."""
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and schedule into an existing empty folder. Collective."""
+    def snapshot(self, folder: Path) -> Snapshot:
+        """Model, optimizer and schedule as they are now, to be written into an existing empty folder. Collective."""
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, possibly under another layout. Collective."""
+        """Read back what a snapshot wrote, possibly under another layout. Collective."""
 
 
 @runtime_checkable

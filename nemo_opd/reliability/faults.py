@@ -19,7 +19,15 @@ from dataclasses import dataclass
 
 VARIABLE = "NEMO_OPD_FAULTS"
 
-POINTS: dict[str, str] = {}
+POINTS: dict[str, str] = {
+    "ckpt.before_shard": "a process is about to write its first file of a checkpoint",
+    "ckpt.between_shards": "it has written one, hashed and synced",
+    "ckpt.before_manifest": "every process has written its files",
+    "ckpt.before_rename": "the manifest is written, the folder is still a temporary one",
+    "ckpt.replacing": "an older checkpoint of the same step has made room, the new one does not stand yet",
+    "ckpt.after_rename": "the checkpoint is committed, older ones are not removed yet",
+    "ckpt.during_deletion": "before each part of a folder that is being deleted",
+}
 """Every place, and where it is. A test asks that each stands in the code once and in a test at least once."""
 
 _RULE = re.compile(r"(?P<point>[\w.]+)=(?P<action>kill|freeze|raise|enospc|sleep:(?P<seconds>[\d.]+))(@(?P<nth>\d+))?"

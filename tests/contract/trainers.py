@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_opd.config import Config
 from nemo_opd.engines.protocols import NamedTensor, Place, Trainer
 from nemo_opd.types import TrainBatch, TrainStats
+from tests.helpers.checkpoints import save_now
 from tests.helpers.megatron import random_rollouts, replica_batch
 from tests.helpers.objectives import AdvantageCrossEntropy
 
@@ -85,7 +86,7 @@ def resumes(rank: int, config: Config, other: Config, folder: Path) -> float:
             if rank == 0:
                 folder.mkdir()
             dist.barrier()
-            trainer.save(folder)
+            save_now(trainer, folder)
         last = trainer.train_step(batch_for(trainer.place, step))
     expected = weights_of(trainer.export_weights())
     fresh = build(other)
@@ -121,7 +122,7 @@ def resumed_optimizer(rank: int, config: Config, changed: Config, folder: Path) 
     trainer = build(config)
     trainer.train_step(batch_for(trainer.place, 0))
     folder.mkdir()
-    trainer.save(folder)
+    save_now(trainer, folder)
     fresh = build(changed)
     fresh.load(folder)
     stats = fresh.train_step(batch_for(fresh.place, 1))

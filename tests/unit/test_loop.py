@@ -18,6 +18,7 @@ from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import StepReport
+from tests.helpers.checkpoints import FileTrainer
 from tests.helpers.histories import FAILS_FROM, FAILURES, Metrics, healthy
 
 
@@ -112,7 +113,7 @@ def _metrics(step: int, collapse: bool) -> Metrics:
 
 def _stored(run: Any, folder: Path) -> Any:
     """The run with a real checkpoint store, around a trainer without weights."""
-    run.store, run.trainer = CheckpointStore(folder, run.processes, 2), SimpleNamespace(save=lambda path: None)
+    run.store, run.trainer = CheckpointStore(folder, run.processes, 2), FileTrainer()
     run.config_text, run.stateful = "a recipe", {}
     return run
 

@@ -26,7 +26,7 @@ from nemo_opd.config import (
     TrainConfig,
 )
 from nemo_opd.diagnosis.diagnosis import Diagnosis
-from nemo_opd.engines.protocols import Place
+from nemo_opd.engines.protocols import Place, Snapshot
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run, train
 from nemo_opd.processes import Processes
@@ -50,6 +50,7 @@ from nemo_opd.types import (
     TrainBatch,
     TrainStats,
 )
+from tests.helpers.checkpoints import FileSnapshot
 from tests.helpers.rollouts import make_prompt
 
 PROMPTS, SAMPLES, LENGTH = 2, 3, 5
@@ -179,8 +180,8 @@ class Trainer:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "weight", torch.zeros(1)
 
-    def save(self, folder: Path) -> None:
-        (folder / "weights").write_text("")
+    def snapshot(self, folder: Path) -> Snapshot:
+        return FileSnapshot(folder, "", 0)
 
     def load(self, folder: Path) -> None:
         pass

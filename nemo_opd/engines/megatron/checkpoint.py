@@ -1,7 +1,6 @@
 """Model, optimizer, schedule and an averaged teacher through `megatron.core.dist_checkpointing`.
 
-Every rank writes its own shards; they can be read back under another layout. Saving starts a helper process, so a
-program that saves needs its ``if __name__ == "__main__"`` guard.
+Every rank writes its own shards; they can be read back under another layout.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.model import HiddenStateModel
+from nemo_opd.engines.megatron.shards import ShardSnapshot
 from nemo_opd.errors import ConfigError
 
 _OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
@@ -25,17 +25,16 @@ _OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save(
+def snapshot(
     folder: Path,
     model: HiddenStateModel,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None = None,
-) -> None:
-    """Write into an existing empty folder. Collective; returns when every rank has written."""
+) -> ShardSnapshot:
+    """Copy all that a save into an existing empty folder writes. Collective."""
     with cpu.megatron_device():
-        dist_checkpointing.save(_sharded_state(model, optimizer, schedule, average, is_loading=False), str(folder))
-        dist.barrier()
+        return ShardSnapshot(folder, _sharded_state(model, optimizer, schedule, average, is_loading=False))
 
 
 def load(
@@ -45,7 +44,7 @@ def load(
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None = None,
 ) -> None:
-    """Read what `save` wrote, under this or another layout. Collective.
+    """Read what a snapshot wrote, under this or another layout. Collective.
 
     Learning rates, weight decay and Adam's constants stay those that `optimizer` and `schedule` were built with: a
     resumed run follows its recipe, which may have changed.
@@ -72,7 +71,7 @@ def load(
 
 
 def load_model(folder: Path, model: HiddenStateModel) -> None:
-    """Read the weights alone of what `save` wrote, under this or another layout. Collective.
+    """Read the weights alone of what a snapshot wrote, under this or another layout. Collective.
 
     Raises ValueError when the folder is not such a checkpoint.
     """
@@ -85,7 +84,9 @@ def load_model(folder: Path, model: HiddenStateModel) -> None:
 
 def _require_checkpoint(folder: Path) -> None:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise ValueError(f"{folder}: got no Megatron checkpoint; expected a folder written by `MegatronTrainer.save`")
+        raise ValueError(
+            f"{folder}: got no Megatron checkpoint; expected a folder that `MegatronTrainer.snapshot` was written to"
+        )
 
 
 def _metadata(model: HiddenStateModel) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
-from nemo_opd.engines.protocols import NamedTensor, Place
+from nemo_opd.engines.protocols import NamedTensor, Place, Snapshot
 from nemo_opd.packing import with_payload
 from nemo_opd.types import PackedRow, TrainBatch, TrainStats
 from nemo_opd.vocab.fused import fused_loss
@@ -170,9 +170,9 @@ class MegatronTrainer:
         """See `Trainer.export_weights`. Tensors may share memory with the model."""
         return export_hf_weights(self.model, self.architecture)
 
-    def save(self, folder: Path) -> None:
-        """See `Trainer.save`."""
-        checkpoint.save(folder, self.model, self._optimizer, self._schedule, self._average)
+    def snapshot(self, folder: Path) -> Snapshot:
+        """See `Trainer.snapshot`."""
+        return checkpoint.snapshot(folder, self.model, self._optimizer, self._schedule, self._average)
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`."""

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from nemo_opd.checkpoint.store import CheckpointStore, RunState, newest_checkpoint, read_state, restore
+from nemo_opd.checkpoint.commit import BadCheckpoint
+from nemo_opd.checkpoint.store import CheckpointStore, RunState, SaveFailed, newest_checkpoint, read_state, restore
 from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
+from tests.helpers.checkpoints import FileSnapshot, FileTrainer
 
 
-class FileTrainer:
-    """Saves one number; stands where an engine would, since the store only calls `save` and `load`."""
-
-    def __init__(self, value: str = "") -> None:
-        self.value = value
-
-    def save(self, folder: Path) -> None:
-        (folder / "weights").write_text(self.value)
-
-    def load(self, folder: Path) -> None:
-        self.value = (folder / "weights").read_text()
+class FailingSnapshot(FileSnapshot):
+    def write(self) -> Iterator[str]:
+        (self.folder / "a-0").write_text("half")
+        raise OSError("disk full")
+        yield
 
 
 class FailingTrainer(FileTrainer):
-    def save(self, folder: Path) -> None:
-        (folder / "weights").write_text("half")
-        raise OSError("disk full")
+    def snapshot(self, folder: Path) -> FileSnapshot:
+        return FailingSnapshot(folder, "", 0)
 
 
 def _store(tmp_path: Path, keep: int = 2) -> CheckpointStore:
@@ -83,23 +79,51 @@ def test_retention_keeps_the_newest(tmp_path):
     assert read_state(store.newest()).step == 10
 
 
-def test_an_interrupted_save_is_never_the_newest(tmp_path):
+def test_a_save_that_fails_leaves_the_earlier_ones_and_nothing_else(tmp_path):
     store = _store(tmp_path)
     store.save(FileTrainer("good"), RunState(step=1), "")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveFailed, match="step 2 could not be saved: rank 0: OSError: disk full; earlier"):
         store.save(FailingTrainer(), RunState(step=2), "")
-    assert [path.name[:4] for path in sorted(store.folder.iterdir())] == ["step", "tmp-"]
-    again = _store(tmp_path)
-    assert [path.name for path in again.folder.iterdir()] == ["step-00000001"]
-    assert again.newest().name == "step-00000001"
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+    assert _store(tmp_path).newest().name == "step-00000001"
 
 
-def test_a_damaged_state_is_passed_over(tmp_path):
+def test_what_an_interrupted_save_left_is_removed_and_never_the_newest(tmp_path, caplog):
+    store = _store(tmp_path)
+    store.save(FileTrainer("good"), RunState(step=1), "")
+    for name in ("tmp-00000002-1f3a", "trash-step-00000000-1f3a"):
+        (store.folder / name / "model").mkdir(parents=True)
+    assert store.newest().name == "step-00000001"
+    assert [path.name for path in _store(tmp_path).folder.iterdir()] == ["step-00000001"]
+    assert "removing tmp-00000002-1f3a, left by an interrupted save" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog):
     store = _store(tmp_path)
     for step in (1, 2):
         store.save(FileTrainer(str(step)), RunState(step=step), "")
-    (store.folder / "step-00000002" / "state.json").write_text('{"step": 2, "pro')
+    (store.folder / "step-00000002" / "model" / "b-0").write_text("b 7")
+    caplog.set_level(logging.WARNING)
     assert newest_checkpoint(store.folder).name == "step-00000001"
+    assert _store(tmp_path).newest().name == "step-00000001"
+    words = "step-00000002/model/b-0: its bytes are not those that were written (SHA-256)"
+    assert caplog.text.count(words) == 2
+    assert "going on from step-00000001 instead" in caplog.text
+
+
+def test_retention_counts_only_what_holds(tmp_path):
+    store = _store(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(FileTrainer(str(step)), RunState(step=step), "")
+    (store.folder / "step-00000002" / "model" / "b-0").write_text("b 7")
+    (store.folder / "step-00000000").mkdir()
+    again = _store(tmp_path, keep=2)
+    assert again.newest().name == "step-00000001"
+    again.save(FileTrainer("3"), RunState(step=3), "")
+    names = sorted(path.name for path in store.folder.iterdir())
+    assert names == [f"step-{step:08d}" for step in (0, 1, 2, 3)], "two that hold, two for a person to look at"
+    again.save(FileTrainer("2"), RunState(step=2), "")
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"step-{step:08d}" for step in (0, 2, 3)]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
@@ -116,5 +140,23 @@ def test_a_run_is_not_started_anew_over_checkpoints_that_cannot_be_read(tmp_path
     store = _store(tmp_path)
     store.save(FileTrainer("good"), RunState(step=1), "")
     (store.folder / "step-00000001" / "state.json").write_text("{")
-    with pytest.raises(ConfigError, match="none of which can be read"):
+    with pytest.raises(ConfigError, match=r"none of which can be read \(step-00000001/state.json: got 1 b"):
         _store(tmp_path).newest()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_a_way_out(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    (folder / "model").mkdir(parents=True)
+    (folder / "state.json").write_text('{"step": 4}')
+    with pytest.raises(ConfigError, match=r"manifest.json: missing.*an earlier version: export it with"):
+        _store(tmp_path).newest()
+
+
+def test_nothing_is_loaded_that_was_not_verified(tmp_path):
+    store = _store(tmp_path)
+    path = store.save(FileTrainer("good"), RunState(step=1), "")
+    (path / "model" / "a-0").write_text("a evil")
+    trainer = FileTrainer("untouched")
+    with pytest.raises(BadCheckpoint, match="model/a-0"):
+        _store(tmp_path).load(path, trainer)
+    assert trainer.value == "untouched"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_opd.engines.hf.generator import HFGenerator
-from nemo_opd.engines.protocols import NamedTensor, Place
+from nemo_opd.engines.protocols import NamedTensor, Place, Snapshot
 from nemo_opd.refit.transfer import RefitError, refit
 from nemo_opd.types import GenerateRequest, Prompt, Sampling, TrainBatch, TrainStats
 from tests.helpers.ranks import RankPool
@@ -45,10 +45,11 @@ class Exporter:
     def train_step(self, batch: TrainBatch) -> TrainStats:
         raise AssertionError("not part of a refit")
 
-    def save(self, folder: Path) -> None:
+    def load(self, folder: Path) -> None:
         raise AssertionError("not part of a refit")
 
-    load = save
+    def snapshot(self, folder: Path) -> Snapshot:
+        raise AssertionError("not part of a refit")
 
 
 def _parameters_equal(generator: HFGenerator, model: Any) -> bool:
