@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from nemo_opd.checkpoint.fingerprint import StartWeights
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful, restore
 from nemo_opd.config import (
     EXPORT_FOLDER,
@@ -54,6 +53,7 @@ from nemo_opd.prompts.template import (
 )
 from nemo_opd.reliability.files import replace_private
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.resume import begun_before
 from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.rollout.kept import FILE as ROLLOUTS_FILE
@@ -77,22 +77,18 @@ log = logging.getLogger(__name__)
 def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     folder = Path(config.run.dir)
+    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config))
+    newest, inputs = begun_before(config, store, processes)
     writers = writer_servers(config, processes) if uses_writers(config) else None
-    served = {
-        key: teacher_servers(config, key, processes)
-        for key, teacher in config.every_teacher().items()
-        if teacher.engine == "vllm"
-    }
+    served = serving_teachers(config, processes)
     tokenizer = load_tokenizer(config.student.model)
     loss = for_prefix(with_reward(build_loss(config.loss), config.reward), config.prefix)
     config_text = recorded_yaml(config)
-    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config))
     trainer = MegatronTrainer(config, loss, build_weight(config.weight), config.train.steps)
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need, served)
     generator = build_generator(config, tokenizer, writers)
     prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
-    newest = store.newest()
-    state = store.load(newest, trainer) if newest else RunState()
+    state = replace(store.load(newest, trainer) if newest else RunState(), inputs=inputs)
     if newest:
         prompts.seek(state.prompts)
         log.info("resuming from %s", newest)
@@ -103,7 +99,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     routing = None if key is None else Routing(key, list(config.teachers))
     context = build_teacher_context(config, routing)
     stop_rule = build_stop_rule(config, processes, tokenizer, context, generator, scorer)
-    stateful = build_stateful(config, processes, stop_rule)
+    stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
     restore(stateful, state)
     if processes.is_first:
         replace_private(folder / "config.yaml", config_text)
@@ -177,6 +173,12 @@ def uses_writers(config: Config) -> bool:
     """Do vLLM servers write, whatever is written: rollouts or the answers of an evaluation?"""
     generates = config.prefix.name != "dataset" or config.evaluate.path is not None
     return generates and config.rollout.engine == "vllm"
+
+
+def serving_teachers(config: Config, processes: Processes) -> dict[str, RunServers]:
+    """The servers of the teachers that have some, by key."""
+    served = [key for key, teacher in config.every_teacher().items() if teacher.engine == "vllm"]
+    return {key: teacher_servers(config, key, processes) for key in served}
 
 
 def build_generator(
@@ -335,14 +337,6 @@ def build_measure(
     dtype = dtype_of(config.teacher.dtype, "teacher.dtype")
     theirs = load_output_weight(str(config.teacher.model), 0, vocab_size, vocab_size, dtype).to(own.device)
     return Measure(FullDivergence(student, scorer, own, theirs), processes)
-
-
-def build_stateful(config: Config, processes: Processes, stop_rule: StopRule) -> dict[str, Stateful]:
-    """By name, what remembers something from step to step. Collective."""
-    stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
-    if any(teacher.source == "frozen" for teacher in config.every_teacher().values()):
-        stateful["frozen teacher"] = StartWeights(Path(config.student.model), processes)
-    return stateful
 
 
 def build_ahead(

@@ -21,6 +21,8 @@ class RunConfig:
     dir: str = MISSING
     """Run folder: created when absent, resumed when it holds a checkpoint."""
     seed: int = 0
+    accept_changes: bool = False
+    """Go on from a checkpoint although recipe, models or data make it another run; what changed is said."""
 
 
 @dataclass

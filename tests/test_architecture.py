@@ -72,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 PROGRAMS = {
     "assemble",
+    "resume",
     "session",
     "worker",
     "launch",

@@ -152,7 +152,7 @@ def _frozen(rank: int, folder: str, run_dir: str) -> tuple[bool, str, str]:
         write_random_model(Path(folder) / "student", Path(folder) / "tokenizer", shape=shape, seed=5)
     dist.barrier()
     changed = _refusal(folder, run_dir, overrides)
-    return kept, changed, _refusal(folder, run_dir, ("teacher.source=ema", *RULE))
+    return kept, changed, _refusal(folder, run_dir, ("teacher.source=ema", "run.accept_changes=true", *RULE))
 
 
 def _refusal(folder: str, run_dir: str, overrides: tuple[str, ...]) -> str:
