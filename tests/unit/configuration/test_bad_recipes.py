@@ -469,13 +469,13 @@ CASES = [
     # YAML
     Bad("duplicate_key", "recipe.yaml:14: got `run` a second time; expected each key once (first on line 1); remove "
         "one", new="# again\nrun: {seed: 1}\n"),
-    Bad("python_tag", "recipe.yaml:12: got the tag `tag:yaml.org,2002:python/object/apply:os.system`; expected plain "
-        "values; a recipe holds data, no code: remove the tag", old="steps: 10",
+    Bad("python_tag", "recipe.yaml:12: got the tag `tag:yaml.org,2002:python/object/apply:os.system` at "
+        "`train.steps`; expected plain values; a recipe holds data, no code: remove the tag", old="steps: 10",
         new="steps: !!python/object/apply:os.system ['touch canary']"),
     Bad("target", "recipe.yaml:13: got `_target_`; expected data; choose by name (`loss: reverse_kl`); a recipe builds "
         "no objects", new="loss: {_target_: os.system}\n"),
-    Bad("alias", "recipe.yaml:13: got the anchor or alias `a`; expected plain values; write the value out where it is "
-        "needed", new="optimizer: &a {lr: 1e-5}\n"),
+    Bad("alias", "recipe.yaml:13: got the anchor or alias `a` at `optimizer`; expected plain values; write the value "
+        "out where it is needed", new="optimizer: &a {lr: 1e-5}\n"),
     Bad("dotted_key", "recipe.yaml:13: got the dotted key `train.steps`; expected nested sections; write "
         "`train: {steps: ...}`", new="train.steps: 5\n"),
     Bad("number_as_key", "recipe.yaml:13: got the key `1`; expected a name as key; see recipes/README.md",

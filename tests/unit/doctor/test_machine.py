@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from nemo_opd.doctor import network
 from nemo_opd.doctor.disk import (
@@ -21,7 +25,7 @@ from nemo_opd.doctor.disk import (
     written,
 )
 from nemo_opd.doctor.finding import Verdict
-from nemo_opd.doctor.installed import installed_version, packages, python, version_findings
+from nemo_opd.doctor.installed import FLOORS, installed_version, packages, python, unsafe, version_findings
 from tests.helpers.servers import free_port
 from tests.helpers.teachers import StandIn, standing
 from tests.helpers.workspace import make_workspace, workspace_config
@@ -58,6 +62,28 @@ def test_packages_against_what_is_named(have: dict[str, str], vllm: bool, wrong:
     assert first.verdict is Verdict.OK
     assert {row.name.removeprefix("versions: "): row.verdict.value for row in rows} == wrong
     assert all(row.way_out for row in rows)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_package_with_a_known_hole_fails(name: str) -> None:
+    floor, reason = FLOORS[name]
+    parts = [int(part) for part in floor.split(".")]
+    parts[max(n for n, part in enumerate(parts) if part)] -= 1
+    before = ".".join(map(str, parts))
+    for have in (before, f"{floor}rc1", f"{before}+cpu"):
+        (row,) = unsafe({name: have}.get)
+        assert (row.name, row.verdict, row.found) == (f"versions: {name}", Verdict.FAIL, have)
+        assert reason in (row.bound or "") and f"{name}>={floor}" in row.way_out
+    for have in (floor, f"{floor}+cpu", "1000"):
+        assert [row.verdict for row in unsafe({name: have}.get)] == [Verdict.OK]
+    assert [row.verdict for row in unsafe({}.get)] == [Verdict.OK]
+
+
+def test_no_pin_lies_below_a_floor() -> None:
+    pins = {canonicalize_name(one.name): one for one in map(Requirement, requires("nemo_opd") or [])}
+    for name, (floor, _) in FLOORS.items():
+        if name in pins:
+            assert all(Version(pin.version) >= Version(floor) for pin in pins[name].specifier), name
 
 
 def test_this_environment(workspace: Path) -> None:
