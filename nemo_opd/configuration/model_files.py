@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opd.errors import ConfigError
+from nemo_opd.foreign import names_code
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 """Dense models that can be converted between Hugging Face and Megatron."""
@@ -48,9 +49,9 @@ def read_model_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes
 
 def sizes_of(key: str, where: str, values: dict[str, Any], *, convertible: bool) -> ModelSizes:
     """The sizes in a config.json that was found at `where`. Raises ConfigError as `read_model_sizes`."""
-    if "auto_map" in values:
+    if (field := names_code(values)) is not None:
         way_out = "no code of a model is ever run: convert it to a supported architecture first"
-        raise ConfigError(key, f"{where} with code of its own (auto_map)", "weights and JSON only", way_out)
+        raise ConfigError(key, f"{where} with code of its own ({field})", "weights and JSON only", way_out)
     architecture = (values.get("architectures") or ["none"])[0]
     if convertible and architecture not in SUPPORTED_ARCHITECTURES:
         expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
@@ -84,7 +85,9 @@ def _count(key: str, where: str, values: dict[str, Any], name: str, otherwise: s
 def read_config(key: str, folder: Path) -> dict[str, Any]:
     """A model folder's config.json as it stands. Raises ConfigError where there is none that can be read."""
     if not folder.is_dir():
-        way_out = "give a folder in Hugging Face format (`hf download NAME --local-dir DIR` makes one)"
+        way_out = (
+            "give a folder in Hugging Face format (`hf download NAME --revision COMMIT --local-dir DIR` makes one)"
+        )
         raise ConfigError(key, f"no folder {folder}", "a model folder", way_out)
     file = folder / "config.json"
     try:

@@ -130,7 +130,13 @@ def same_answers(config: Config, evaluation: Evaluation, generator: Generator) -
         rollout.prompt.index: rollout.response_ids.tolist()
         for rollout in generator.generate(greedy.requests(greedy.problems), greedy.sampling, lambda: False)
     }
-    model = AutoModelForCausalLM.from_pretrained(config.student.model, dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.student.model,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     theirs = _transformers_answers(model, evaluation.problems, evaluation.sampling.max_new_tokens)
     return sum(ours[prompt.index] == theirs[prompt.index] for prompt in evaluation.problems)
 

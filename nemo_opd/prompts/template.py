@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_opd.errors import ConfigError
+from nemo_opd.foreign import JSON_FILES, refuse_code
 
 Tokenizer = Any
 """A `transformers.PreTrainedTokenizerBase`; named so, because importing transformers takes seconds."""
@@ -29,12 +30,14 @@ def load_tokenizer(folder: str | Path, key: str = "student.model") -> Tokenizer:
         key: the configuration key that named it, for messages.
 
     Raises:
-        ConfigError: no such folder, no tokenizer in it, or a repository that would run its own code (`auto_map`).
+        ConfigError: no such folder, no tokenizer in it, or a repository that would run code (`nemo_opd.foreign`).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(key, folder, "a model folder in Hugging Face format", "check the path")
-    refuse_remote_code(folder, key)
+    for name in JSON_FILES:
+        read_json(folder / name, key)
+    refuse_code(folder, key)
     from transformers import AutoTokenizer
 
     try:
@@ -45,16 +48,6 @@ def load_tokenizer(folder: str | Path, key: str = "student.model") -> Tokenizer:
             key, f"{folder} without a usable tokenizer ({reason})", "tokenizer.json and tokenizer_config.json",
             "copy the tokenizer files into the model's folder",
         ) from error  # fmt: skip
-
-
-def refuse_remote_code(folder: Path, key: str) -> None:
-    """Raise ConfigError when a JSON file of the repository asks for its own Python code to be imported."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if "auto_map" in read_json(folder / name, key):
-            raise ConfigError(
-                key, f"auto_map in {folder / name}", "a model that transformers itself implements",
-                "code from a model repository is never run here; choose an architecture known to transformers",
-            )  # fmt: skip
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:
@@ -145,7 +138,7 @@ def chat_text(
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=open_turn, **arguments
         )
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             "data.chat_template", f"a template error ({error})", "messages that the template accepts",
             "check the roles and their order, or drop data.system_prompt if the template has no system role",

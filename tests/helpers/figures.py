@@ -1,7 +1,7 @@
 """Figures of the promises (docs/recovery.md): a test says what it counted, and `make chaos` makes a table of it.
 
-    NEMO_OPD_FIGURES=FILE    one line of JSON for each figure is appended there; without it they are checked only
-    NEMO_OPD_CHAOS=full      as often as the promise says; without it a few times, which is what `make test` does
+NEMO_OPD_FIGURES=FILE    one line of JSON for each figure is appended there; without it they are checked only
+NEMO_OPD_CHAOS=full      as often as the promise says; without it a few times, which is what `make test` does
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ def expected(fleet: Writers) -> dict[int, list[int]]:
     return tokens(list(HFGenerator(fleet.model, eos_ids=()).generate(requests(24), LONG, never)))
 
 
-def test_every_tensor_of_a_split_trainer_reaches_the_server(
-    fleet: Writers, ranks4: RankPool
-) -> None:
+def test_every_tensor_of_a_split_trainer_reaches_the_server(fleet: Writers, ranks4: RankPool) -> None:
     """Trainer at TP 2 x PP 2. Each tensor that vLLM's own loader reads from the folder that the server took has the
     hash of the trainer's, and what the server writes is what these weights write."""
     from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator

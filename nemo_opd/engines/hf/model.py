@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from nemo_opd.foreign import refuse_code
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -50,7 +52,8 @@ def load_model(
         device: None is this process's current GPU, or the CPU where there is none.
         weights: False makes the model from its configuration alone; its values are arbitrary until weights arrive.
 
-    Raises: ValueError for a missing folder, an unknown dtype or an architecture that the decode loop does not know.
+    Raises: ConfigError for a folder that names code, ValueError for a missing one, an unknown dtype or an architecture
+        that the decode loop does not know.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -59,6 +62,7 @@ def load_model(
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype}; expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    refuse_code(folder, str(folder))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_dense(config, folder)
     device = default_device() if device is None else torch.device(device)

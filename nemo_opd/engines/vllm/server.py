@@ -41,6 +41,7 @@ from nemo_opd.engines.vllm.wire import (
     Sleep,
     Transfer,
 )
+from nemo_opd.foreign import refuse_code
 from nemo_opd.reliability import redact
 from nemo_opd.reliability.child import end_with_parent
 from nemo_opd.reliability.files import replace_private
@@ -172,6 +173,7 @@ def main() -> int:
     for name, value in environment(settings, torch.cuda.is_available()).items():
         os.environ.setdefault(name, value)
     key = read_key(settings.key_file)
+    refuse_code(Path(settings.model), "model")
     from nemo_opd.engines.vllm.engine import EngineThread, make_engine  # late: vLLM reads the environment at import
     from nemo_opd.engines.vllm.teacher import Teacher
     from nemo_opd.engines.vllm.writer import Writer

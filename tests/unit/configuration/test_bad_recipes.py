@@ -446,7 +446,7 @@ CASES = [
     Bad("window_of_one_step", "diagnose.window: got 1; expected at least 2; change the value", ("diagnose.window=1",)),
     # files
     Bad("no_model", "student.model: got no folder nowhere; expected a model folder; give a folder in Hugging Face "
-        "format (`hf download NAME --local-dir DIR` makes one)", ("student.model=nowhere",)),
+        "format (`hf download NAME --revision COMMIT --local-dir DIR` makes one)", ("student.model=nowhere",)),
     Bad("no_model_configuration", "student.model: got no empty/config.json; expected a model folder in Hugging Face "
         "format; check the path", ("student.model=empty",), prepare=lambda folder: (folder / "empty").mkdir()),
     Bad("unsupported_architecture", "student.model: got a model of architecture MambaForCausalLM; expected one of "
