@@ -52,7 +52,10 @@ from nemo_opd.prompts.template import (
     response_token_ids,
 )
 from nemo_opd.reliability.files import replace_private
+from nemo_opd.reliability.guard import Guard
+from nemo_opd.reliability.heartbeat import Sections, Silent
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.straggler import Stragglers
 from nemo_opd.resume import begun_before
 from nemo_opd.rollout.advantages import redraws_of
 from nemo_opd.rollout.ahead import RolloutsAhead
@@ -74,8 +77,9 @@ from nemo_opd.verify.build import build_verifier
 log = logging.getLogger(__name__)
 
 
-def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
+def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat: Sections | None = None) -> Run:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
+    heartbeat = heartbeat or Silent()
     folder = Path(config.run.dir)
     store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config))
     newest, inputs = begun_before(config, store, processes)
@@ -88,7 +92,8 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
     scorer = build_scorer(config, trainer, tokenizer, loss.needs.need, served)
     generator = build_generator(config, tokenizer, writers)
     prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
-    state = replace(store.load(newest, trainer) if newest else RunState(), inputs=inputs)
+    with heartbeat.section("load"):
+        state = replace(store.load(newest, trainer) if newest else RunState(), inputs=inputs)
     if newest:
         prompts.seek(state.prompts)
         log.info("resuming from %s", newest)
@@ -122,11 +127,14 @@ def assemble(config: Config, processes: Processes, stop: StopRequest) -> Run:
         generator=generator,
         evaluation=build_evaluation(config, tokenizer),
         diagnosis=Diagnosis(config.diagnose, state.diagnosis),
+        guard=Guard(config.guard, state.guard, processes),
+        stragglers=Stragglers(config.straggler, processes),
         store=store,
         stop=stop,
         recorder=build_recorder(config, state, tokenizer) if processes.is_first else None,
         state=state,
         started_at=state.step,
+        heartbeat=heartbeat,
         stateful=stateful,
     )
 
@@ -140,7 +148,8 @@ def layout_of(config: Config) -> dict[str, int]:
 def finish(run: Run, done: bool) -> None:
     """Close everything; after the last step, write the student in Hugging Face format first. Collective."""
     if done and run.config.checkpoint.export_at_end:
-        export_student(run)
+        with run.heartbeat.section("export"):
+            export_student(run)
     grader = run.evaluation.verifier if run.evaluation else None
     for part in (run.generator, run.scorer, run.verifier, grader, run.recorder):
         if part is not None:

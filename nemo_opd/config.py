@@ -23,6 +23,9 @@ class RunConfig:
     seed: int = 0
     accept_changes: bool = False
     """Go on from a checkpoint although recipe, models or data make it another run; what changed is said."""
+    restarts: int = 2
+    """So often a run of several processes, started without a launcher, is started again after a failure without a new
+    checkpoint in between."""
 
 
 @dataclass
@@ -850,6 +853,70 @@ class DiagnoseConfig:
     """Share of the tokens whose importance ratio is out of bounds."""
 
 
+@dataclass
+class GuardConfig:
+    """Updates that are left out, on all ranks, and when that ends the run; see docs/guards.md."""
+
+    spikes: bool = True
+    """False: only what is not finite is rejected."""
+    window: int = 128
+    """Last accepted updates with which one is compared."""
+    min_history: int = 32
+    """Accepted updates before any is compared."""
+    sigmas: float = 6.0
+    """Standard deviations above the window's mean from which a loss or gradient norm is a spike."""
+    least_spread: float = 0.1
+    """A standard deviation below this share of the mean counts as this share."""
+    least_loss: float = 0.1
+    """A smaller loss is no spike."""
+    least_grad_norm: float = 1.0
+    """A smaller gradient norm is no spike."""
+    max_in_a_row: int | None = 5
+    """So many rejected updates in a row save a checkpoint and end the run; null: none do."""
+
+
+@dataclass
+class StragglerConfig:
+    """A rank that is slower than the others at its own work, step after step, is named; see docs/guards.md."""
+
+    factor: float = 1.5
+    """Times the median of the others."""
+    steps: int = 8
+    """So many slow steps ..."""
+    window: int = 10
+    """... among the last so many."""
+    least_seconds: float = 0.05
+    """Shorter work is not judged."""
+
+
+@dataclass
+class LimitsConfig:
+    """Seconds for which a rank may be in a section of the run; beyond them the watchdog names it and ends the run (see
+    docs/guards.md). null: the section is not watched."""
+
+    start: float | None = 3600.0
+    """Reading models and starting servers."""
+    load: float | None = 1800.0
+    """Reading a checkpoint."""
+    rollout: float | None = 3600.0
+    context: float | None = 600.0
+    """What the teacher reads before a response."""
+    stop: float | None = 1800.0
+    """A stop rule that cuts responses when they are written."""
+    score: float | None = 1800.0
+    pack: float | None = 600.0
+    train: float | None = 1800.0
+    refit: float | None = 1800.0
+    record: float | None = 600.0
+    measure: float | None = 600.0
+    save: float | None = 1800.0
+    evaluate: float | None = 7200.0
+    export: float | None = 3600.0
+    """Writing the trained student at the end."""
+    between: float | None = 600.0
+    """All that lies between these: decisions of all ranks, metrics."""
+
+
 SIGNS: tuple[str, ...] = tuple(name for name, kind in DiagnoseConfig.__annotations__.items() if kind == "SignConfig")
 
 
@@ -879,6 +946,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
 
     def every_teacher(self) -> dict[str, TeacherConfig]:
         """Teachers by the key of their section: ``teacher``, or ``teachers.NAME`` for each of several."""

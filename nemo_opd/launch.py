@@ -3,6 +3,10 @@
 The processes run under torchrun in a session of their own, so a terminal's Ctrl-C reaches only this parent. The first
 one becomes a stop request, a file that names this attempt: the run saves a checkpoint and ends. The second one ends all
 processes at once. When the parent itself is killed, torchrun gets SIGTERM from the kernel and the run stops likewise.
+
+A start that failed, or of which processes vanished, is followed by another one, with an attempt's name of its own, as
+long as there are new checkpoints, and `run.restarts` times without any. A run that was asked to stop, that stopped by
+itself or that cannot work as it is configured is not started again.
 """
 
 from __future__ import annotations
@@ -91,7 +95,7 @@ class Children:
         self._run_dir, self._saves = run_dir, saves
         self._attempt = attempt
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = False
+        self.asked = False
         self.killed = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -130,16 +134,42 @@ class Children:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._saves or (self._asked and number == signal.SIGINT):
+        if not self._saves or (self.asked and number == signal.SIGINT):
             self.killed = True
             self.kill()
-        elif not self._asked:
-            self._asked = True
+        elif not self.asked:
+            self.asked = True
             request_stop(self._run_dir, self._attempt)
             _say("\nstopping, with a checkpoint of what is trained (Ctrl-C again: at once, without one)")
 
 
 def _start_processes(config: Config, folder: Path, attempt: str, processes: int) -> int:
+    """Start the processes, and again after a failure while that gets the run on; returns the last start's code."""
+    in_vain, newest = 0, newest_step(folder)
+    while True:
+        code, asked = _one_start(config, folder, attempt, processes)
+        if code != EXIT_CODES[Status.FAILED] or asked:
+            return code
+        before, newest = newest, newest_step(folder)
+        in_vain = 0 if newest > before else in_vain
+        if in_vain == config.run.restarts:
+            return code
+        in_vain += 1
+        attempt = new_attempt()
+        _say(
+            f"starting again from {f'step {newest}' if newest else 'the beginning'} "
+            f"({in_vain} of at most {config.run.restarts} times without a new checkpoint, run.restarts)"
+        )
+
+
+def newest_step(folder: Path) -> int:
+    """The greatest step of a committed checkpoint, 0 without any."""
+    names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _one_start(config: Config, folder: Path, attempt: str, processes: int) -> tuple[int, bool]:
+    """The exit code, and whether somebody asked it to stop."""
     control = private_folder(folder / "control")
     recipe, torchrun_logs = control / f"recipe-{attempt}.yaml", control / f"torchrun-{attempt}"
     write_private(recipe, to_yaml(config))  # whole, with what may be a secret: it is deleted at the end
@@ -152,8 +182,8 @@ def _start_processes(config: Config, folder: Path, attempt: str, processes: int)
         shutil.rmtree(torchrun_logs, ignore_errors=True)
     if children.killed:
         _say(f"interrupted; the newest checkpoint is in {folder / 'checkpoints'}")
-        return INTERRUPTED
-    return conclusion(folder, attempt, status)
+        return INTERRUPTED, True
+    return conclusion(folder, attempt, status), children.asked
 
 
 def conclusion(folder: Path, attempt: str, status: int) -> int:

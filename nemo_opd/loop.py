@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_opd.accounts import applied, rejection, reward_metrics, token_metrics
 from nemo_opd.checkpoint.store import CheckpointStore, RunState, Stateful
-from nemo_opd.config import Config, NoReward, RolloutConfig
+from nemo_opd.config import Config, RolloutConfig
 from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.engines.protocols import Generator, Place, Resting, Scorer, Trainer
 from nemo_opd.evaluate.run import Evaluation
@@ -39,7 +40,11 @@ from nemo_opd.packing import pack, sequence_length
 from nemo_opd.processes import Processes, balanced
 from nemo_opd.refit.manifest import Manifest
 from nemo_opd.refit.transfer import refit
+from nemo_opd.reliability import faults
+from nemo_opd.reliability.guard import Guard
+from nemo_opd.reliability.heartbeat import Sections, Silent
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.straggler import Own, Stragglers
 from nemo_opd.rollout.advantages import groups, redraws_of, says_nothing, verifier_advantages
 from nemo_opd.rollout.ahead import RolloutsAhead, check_versions
 from nemo_opd.rollout.exchange import gather_rollouts
@@ -93,18 +98,23 @@ class Run:
     generator: Generator | None
     evaluation: Evaluation | None
     diagnosis: Diagnosis
+    guard: Guard
+    stragglers: Stragglers
     store: CheckpointStore
     stop: StopRequest
     recorder: Recorder | None
     state: RunState
     started_at: int
     """Steps that were done when this attempt began."""
+    heartbeat: Sections = field(default_factory=Silent)
+    own: Clock = field(default_factory=Clock)
+    """This rank's own work in a step, without waiting for others."""
     weights: Manifest | None = None
     """What the generator was last given."""
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
     """By name, the parts of the algorithm that have a state of their own: it is saved with the run's."""
     diagnosed: str = ""
-    """The sign of failure that ended the run."""
+    """The sign of failure, or the guard's reason, that ended the run."""
 
     @property
     def place(self) -> Place:
@@ -114,8 +124,8 @@ class Run:
 def train(run: Run) -> bool:
     """Step until `train.steps`, evaluating where it is due.
 
-    True when all steps and the last evaluation are done, False when a stop request or the diagnosis ended the run
-    earlier.
+    True when all steps and the last evaluation are done, False when a stop request, the diagnosis or the guard ended
+    the run earlier.
     """
     steps = run.config.train.steps
     progress = Progress(steps, run.state.step, run.config.observe.progress and run.processes.is_first, run.folder.name)
@@ -145,7 +155,7 @@ def train(run: Run) -> bool:
 
 def one_step(run: Run) -> StepReport | None:
     """One optimizer step. None, with nothing changed, when a stop request interrupted the rollouts."""
-    clock = Clock()
+    clock, run.own = Clock(run.heartbeat.section), Clock()
     with clock.section("rollout"):
         drawn = drawn_rollouts(run)
         if drawn is None:
@@ -161,6 +171,7 @@ def one_step(run: Run) -> StepReport | None:
     advantages = verifier_advantages(run.config.reward, rollouts)
     replicas = spread(run, rollouts, advantages)
     with clock.section("score"):
+        faults.hit("step.score")
         teachers = teacher_numbers(run, rollouts)
         scores = {answer.key: answer for answer in scored(run, rollouts, contexts, teachers, replicas)}
     with clock.section("pack"):
@@ -168,31 +179,32 @@ def one_step(run: Run) -> StepReport | None:
         mine = replicas[run.place.data_parallel_rank]
         batch, trained = train_batch(run, rollouts, scores, teachers, advantages, mine)
     with clock.section("train"):
-        stats = run.trainer.train_step(batch)
+        stats = run.trainer.train_step(batch, run.guard.accepts)
     run.state.step += 1
+    faults.hit("step.trained")
+    rejected = rejection(run.processes, run.guard, run.state, stats)
     run.state.prompts = run.ahead.position
     stopped = run.stop_rule.end_step()
-    moved: dict[str, float] = {}
-    if run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step):
-        with clock.section("refit"):
-            refit_generator(run)
-            moved["refit/bytes"] = float(run.weights.nbytes if run.weights else 0)
+    moved = moved_weights(run, clock)
     with clock.section("record"):
         record_rollouts(run, rollouts, batch, stats)
     with clock.section("measure"):
         measured = rollout_metrics(rollouts)
         stale = staleness_metrics(rollouts, run.state.step - 1, oldest(run.config.rollout))
+        slow = run.stragglers.look(run.state.step, own_work(run, batch, stats))
     metrics = {
         "loss/total": sum(stats.losses.values()),
         **{f"loss/{name}": value for name, value in stats.losses.items()},
         **{f"train/{name}": value for name, value in stats.metrics.items()},
         **measured,
         **stale,
-        **reward_metrics(run, rollouts, passed_over),
+        **reward_metrics(run.config.reward, run.state, rollouts, passed_over),
         **(run.routing.metrics(rollouts) if run.routing else {}),
         **token_metrics(run.state, rollouts, passed_over, contexts, trained, stopped.discarded),
         **stopped.metrics,
         **moved,
+        **rejected,
+        **slow,
         "optimizer/grad_norm": stats.grad_norm,
         "optimizer/learning_rate": stats.learning_rate,
         "optimizer/skipped": float(stats.skipped),
@@ -202,13 +214,36 @@ def one_step(run: Run) -> StepReport | None:
     return StepReport(run.state.step, run.state.step, metrics, clock.total)
 
 
+def moved_weights(run: Run, clock: Clock) -> dict[str, float]:
+    """Refit where it is due, and say how much that moved."""
+    if not (run.source.follows_policy and _due(run.config.rollout.refit_every, run.state.step)):
+        return {}
+    with clock.section("refit"):
+        refit_generator(run)
+    return {"refit/bytes": float(run.weights.nbytes if run.weights else 0)}
+
+
+def own_work(run: Run, batch: TrainBatch, stats: TrainStats) -> dict[str, Own]:
+    """What this rank did by itself. Ranks that write equally many responses are compared, and those with and those
+    without a loss to compute; a replica without tokens of its own with nobody, nor ranks that let servers write."""
+    prompts = len(run.processes.share(run.config.train.prompts_per_step))
+    writes = run.config.rollout.engine == "hf"
+    positions = sum(len(row.input_ids) for row in batch.rows if row.keys)
+    return {
+        "rollout": Own(run.own.seconds().get("rollout", 0.0), float(writes), float(prompts)),
+        "train": Own(stats.seconds.get("own", 0.0), float(positions), float(run.place.computes_loss)),
+    }
+
+
 def diagnosed(run: Run, report: StepReport) -> StepReport:
-    """The report with the diagnosis of its step; what ends the run is left in `run.diagnosed`. Collective."""
+    """The report with the diagnosis of its step; what ends the run, also by the guard, is left in `run.diagnosed`.
+    Collective."""
     begin = time.perf_counter()
-    verdict = run.diagnosis.look(report.step, report.metrics)
+    verdict = run.diagnosis.look(report.step, applied(report.metrics))
     seconds = {"time/diagnosis": time.perf_counter() - begin}
-    if run.processes.any(verdict.stop is not None) and report.step < run.config.train.steps:
-        run.diagnosed = str(verdict.stop or "another rank saw a sign of failure")
+    stop = run.guard.stop or verdict.stop
+    if run.processes.any(bool(stop)) and report.step < run.config.train.steps:
+        run.diagnosed = str(stop or "another rank saw a sign of failure")
     if run.recorder:
         run.recorder.write_findings([asdict(finding) for finding in verdict.said])
     return replace(report, metrics={**report.metrics, **verdict.metrics, **seconds})
@@ -220,7 +255,9 @@ def drawn_rollouts(run: Run) -> tuple[list[Rollout], list[Rollout]] | None:
     missing, kept, passed_over = run.config.train.prompts_per_step, [], []  # type: int, list[Rollout], list[Rollout]
     for _ in range(1 + redraws_of(run.config.reward)):
         prompts, writing = run.ahead.draw(partial(written, run), run.state.step, missing)
-        mine = list(writing)
+        with run.own.section("rollout"):
+            faults.hit("step.rollout")
+            mine = list(writing)
         if run.stop.agreed():
             return None
         rollouts = gather_rollouts(run.processes, mine, prompts, run.decode)
@@ -357,53 +394,11 @@ def record_rollouts(run: Run, rollouts: Sequence[Rollout], batch: TrainBatch, st
         run.recorder.write_rollouts(run.state.step, rollouts, scores)
 
 
-def reward_metrics(run: Run, rollouts: Sequence[Rollout], passed_over: Sequence[Rollout]) -> dict[str, float]:
-    """Prompts whose responses all got the same reward, of all that were written, and those that were passed over for
-    it; with their totals since the start of the run."""
-    if isinstance(run.config.reward, NoReward):
-        return {}
-    every = [[r[i] for i in members] for r in (rollouts, passed_over) for members in groups(r).values()]
-    found = {"equal_groups": sum(map(says_nothing, every)), "passed_over_groups": len(groups(passed_over))}
-    return {f"reward/{name}": value for name, value in counted(run.state, found).items()}
-
-
-def counted(state: RunState, step: Mapping[str, float]) -> dict[str, float]:
-    """The same numbers, and as ``<name>_total`` their sums since the start of the run, kept in its state."""
-    for name, value in step.items():
-        state.counters[name] = state.counters.get(name, 0.0) + value
-    return {**step, **{f"{name}_total": state.counters[name] for name in step}}
-
-
-def token_metrics(
-    state: RunState,
-    rollouts: Sequence[Rollout],
-    passed_over: Sequence[Rollout],
-    contexts: Sequence[Context],
-    counts: Mapping[str, float],
-    discarded: int,
-) -> dict[str, float]:
-    """Tokens of this step, and their totals since the start of the run.
-
-    `written` counts rollouts that were passed over too. `without_context` are those that the teacher was not asked
-    about, `dropped` those whose score did not arrive; `discarded` were written, but the stop rule cut them off.
-    """
-    pairs = zip(rollouts, contexts, strict=True)
-    silent = float(sum(int(rollout.loss_mask.sum()) for rollout, context in pairs if context is None))
-    step = {
-        "written": float(sum(int((r.policy_version >= 0).sum()) for r in [*rollouts, *passed_over]) + discarded),
-        "trained": counts["trained"],
-        "dropped": counts["dropped"] - silent,
-        "without_context": silent,
-        "discarded": float(discarded),
-    }
-    share = step["dropped"] / max(1.0, step["trained"] + step["dropped"])
-    return {**{f"tokens/{name}": value for name, value in counted(state, step).items()}, "tokens/dropped_share": share}
-
-
 def refit_generator(run: Run) -> None:
     """Give the generator the trainer's weights, unless it has them already."""
     if run.generator is not None and run.generator.version < run.state.step:
-        run.weights = refit(run.trainer, run.generator, run.state.step, run.processes, run.weights)
+        with run.heartbeat.section("refit"):
+            run.weights = refit(run.trainer, run.generator, run.state.step, run.processes, run.weights)
 
 
 def evaluate(run: Run) -> bool:
@@ -419,7 +414,8 @@ def evaluate(run: Run) -> bool:
     if run.processes.any(run.recorder is not None and run.recorder.has_evaluation(step)):
         return True
     refit_generator(run)
-    result = run.evaluation.measure(run.generator, run.processes, run.stop)
+    with run.heartbeat.section("evaluate"):
+        result = run.evaluation.measure(run.generator, run.processes, run.stop)
     if result is None:
         return False
     log.info("step %d: %s", step, result)
@@ -432,7 +428,8 @@ def save(run: Run) -> None:
     """Commit a checkpoint of the current step."""
     run.state.algorithm = {name: part.state() for name, part in run.stateful.items()}
     kept = run.ahead.kept(run.state.step)
-    path = run.store.save(run.trainer, run.state, run.config_text, {ROLLOUTS_FILE: kept} if kept else {})
+    with run.heartbeat.section("save"):
+        path = run.store.save(run.trainer, run.state, run.config_text, {ROLLOUTS_FILE: kept} if kept else {})
     log.info("saved %s", path)
 
 

@@ -44,6 +44,13 @@ class Processes:
             dist.all_reduce(totals)
         return dict(zip(values, totals.tolist(), strict=True))
 
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks, in float64; finite values only. One all-reduce."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's one-dimensional tensor, of any length, by rank. One all-gather of sizes, one of values."""
         if self.size == 1:

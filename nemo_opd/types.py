@@ -295,9 +295,13 @@ class TrainStats:
     grad_norm: float
     learning_rate: float
     skipped: bool = False
-    """True when the optimizer refused the step (non-finite gradients)."""
+    """True when the update was left out: its numbers were not finite, or it was not accepted."""
+    broken: str = ""
+    """Of an update that was left out, what of this rank's own was not finite before ranks added anything up: loss,
+    gradient, or nothing."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """This rank's wall time by part: ``forward_backward`` (gradient reduction included) and ``optimizer``."""
+    """This rank's wall time by part: ``forward_backward`` (gradient reduction included; ``own`` is the time until that
+    begins) and ``optimizer``."""
     token_scores: Sequence[Mapping[str, Tensor]] = ()
     """Of this rank's replica alone, on the ranks that compute its loss: for each row of the batch, by name those of
     `TOKEN_SCORES` that were measured, float32 [tokens] on the trainer's device, NaN where a token does not count."""

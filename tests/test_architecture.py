@@ -64,9 +64,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {
         *("configuration", "engines.protocols", "engines.vllm.settings", "prompts", "rollout", *NOUNS),
     },
+    "accounts": {"checkpoint", "reliability", "rollout", *NOUNS},
     "loop": {
-        *("engines.protocols", "checkpoint", "diagnosis", "evaluate", "losses", "observe", "packing", "prompts"),
-        *("refit", "reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
+        *("accounts", "engines.protocols", "checkpoint", "diagnosis", "evaluate", "losses", "observe", "packing"),
+        *("prompts", "refit", "reliability", "rollout", "stop", "teacher", "verify", *NOUNS),
     },
 }
 """Area -> the areas it may import besides itself. An area is a module or package below nemo_opd."""
@@ -90,8 +91,8 @@ PROGRAMS = {
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "foreign", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock", "reliability.files", "reliability.redact", "report", "doctor.bounds",
-         "planning")  # fmt: skip
+         "reliability.lock", "reliability.files", "reliability.redact", "reliability.watchdog", "report",
+         "doctor.bounds", "planning")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

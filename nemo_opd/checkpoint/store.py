@@ -54,6 +54,8 @@ class RunState:
     """By name, what the parts of the algorithm remember (`Stateful`): plain JSON data, the same on every rank."""
     diagnosis: dict[str, Any] = field(default_factory=dict)
     """Windows and counts of `nemo_opd.diagnosis`."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """Windows of `nemo_opd.reliability.guard`."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of the models and the data that the run reads again at every start (`fingerprint.py`)."""
 

@@ -5,7 +5,7 @@ All methods are collective where an engine spans several processes: every rank c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -26,6 +26,10 @@ from nemo_opd.types import (
 
 NamedTensor = tuple[str, Tensor]
 """A tensor under its Hugging Face name, whole (not a shard), on the CPU or the engine's device."""
+
+
+Accepts = Callable[[float, float], bool]
+"""Asked with the loss and the global gradient norm, on every rank: is the update to be applied? May be collective."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,11 @@ class Trainer(Protocol):
 
     place: Place
 
-    def train_step(self, batch: TrainBatch) -> TrainStats:
+    def train_step(self, batch: TrainBatch, accepts: Accepts | None = None) -> TrainStats:
         """Forward, backward, reduce, clip, update. `batch` is this replica's share.
+
+        An update that `accepts` rejects (None: whose gradient norm is not finite) is left out on every rank: weights,
+        the optimizer's moments and a moving average stay as they were, and only the schedule goes on.
 
         The gradient is that of ``sum over components of (sum of token losses / normaliser)`` over all replicas and
         micro-batches, whatever the layout. Statistics are equal on every rank.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class Clock:
     """Adds up seconds by section name; what no section claimed is `rest`."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[str], AbstractContextManager[object]] = nullcontext) -> None:
+        """`told` is entered with each section's name."""
+        self._told = told
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -18,7 +20,8 @@ class Clock:
     def section(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         try:
-            yield
+            with self._told(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
 

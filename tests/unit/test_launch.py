@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import nemo_opd
-from nemo_opd import worker
+from nemo_opd import launch, worker
 from nemo_opd.config import Config
 from nemo_opd.errors import ConfigError
 from nemo_opd.launch import Children, child_environment, conclusion, request_stop, torchrun_command
@@ -48,7 +48,7 @@ sys.exit(INTERRUPTED if children.killed else conclusion(folder, "this-attempt", 
 WORK = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from nemo_opd import worker
+from nemo_opd import launch, worker
 from nemo_opd.reliability.outcome import write_outcome
 folder, rank, mode = Path(sys.argv[1]), worker.join_launcher(), os.environ.get("TEST_MODE", "obey")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -326,3 +326,49 @@ class TestWorker:
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True)
         assert (done.stdout, done.stderr) == (b"", b"")
         assert path.read_text() == "from C\nfrom Python\n"
+
+
+class TestStartingAgain:
+    """Starts are made up; real ones are in tests/reliability/test_restarts.py."""
+
+    FAILED, DONE = EXIT_CODES[Status.FAILED], 0
+
+    def started(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int, int, bool]]
+    ) -> tuple[int, list[str]]:
+        """The exit code and the attempts, where the n-th start ends with (code, newest step, asked to stop)."""
+        attempts: list[str] = []
+
+        def one_start(config: Config, folder: Path, attempt: str, processes: int) -> tuple[int, bool]:
+            code, step, asked = ends[len(attempts)]
+            attempts.append(attempt)
+            (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+            return code, asked
+
+        monkeypatch.setattr(launch, "_one_start", one_start)
+        return launch._start_processes(Config(), folder, "first", 2), attempts
+
+    def test_what_always_fails_at_the_same_step_is_started_three_times(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, attempts = self.started(tmp_path, monkeypatch, [(self.FAILED, 0, False)] * 9)
+        assert (code, len(attempts), len(set(attempts))) == (self.FAILED, 3, 3)
+        assert "starting again from the beginning (2 of at most 2 times without a new" in capsys.readouterr().err
+
+    def test_what_gets_on_is_started_as_often_as_it_takes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ends = [(self.FAILED, step // 2, False) for step in range(2, 20)]
+        code, attempts = self.started(tmp_path, monkeypatch, [*ends, (self.DONE, 10, False)])
+        assert (code, len(attempts)) == (self.DONE, 19)
+
+    @pytest.mark.parametrize("status", [s for s in Status if s is not Status.FAILED])
+    def test_what_did_not_fail_is_not_started_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status
+    ) -> None:
+        assert len(self.started(tmp_path, monkeypatch, [(EXIT_CODES[status], 1, False)])[1]) == 1
+
+    def test_what_failed_when_it_was_asked_to_stop_is_not_started_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert len(self.started(tmp_path, monkeypatch, [(self.FAILED, 1, True)])[1]) == 1

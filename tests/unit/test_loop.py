@@ -16,6 +16,8 @@ from nemo_opd.diagnosis.diagnosis import Diagnosis
 from nemo_opd.errors import ConfigError
 from nemo_opd.observe.recorder import Recorder
 from nemo_opd.processes import Processes
+from nemo_opd.reliability.guard import Guard
+from nemo_opd.reliability.heartbeat import Silent
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import StepReport
 from tests.helpers.checkpoints import FileTrainer
@@ -41,6 +43,7 @@ def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -
         **{"ahead": SimpleNamespace(close=lambda: None, finished_more=lambda step: False, kept=lambda step: b"")},
         **{"source": SimpleNamespace(follows_policy=True)},
         **{"diagnosis": Diagnosis(config.diagnose, state.diagnosis), "diagnosed": ""},
+        **{"guard": Guard(config.guard, state.guard, processes), "heartbeat": Silent()},
     )
 
 

@@ -26,11 +26,13 @@ from nemo_opd.config import (
     TrainConfig,
 )
 from nemo_opd.diagnosis.diagnosis import Diagnosis
-from nemo_opd.engines.protocols import Place, Snapshot
+from nemo_opd.engines.protocols import Accepts, Place, Snapshot
 from nemo_opd.evaluate.run import Evaluation
 from nemo_opd.loop import Run, train
 from nemo_opd.processes import Processes
+from nemo_opd.reliability.guard import Guard
 from nemo_opd.reliability.stop import StopRequest
+from nemo_opd.reliability.straggler import Stragglers
 from nemo_opd.rollout.ahead import RolloutsAhead
 from nemo_opd.rollout.kept import FILE, KeptRollouts
 from nemo_opd.rollout.seeds import derive_seed
@@ -173,7 +175,7 @@ class Trainer:
     place: Place = field(default_factory=lambda: Place(0, 1, 0, 1, ((0,),)))
     batches: list[TrainBatch] = field(default_factory=list)
 
-    def train_step(self, batch: TrainBatch) -> TrainStats:
+    def train_step(self, batch: TrainBatch, accepts: Accepts | None = None) -> TrainStats:
         self.batches.append(batch)
         return TrainStats({"sampled": 0.0}, {}, 0.0, 0.0)
 
@@ -264,6 +266,8 @@ def make_run(
         generator=generator,
         evaluation=Evaluation(held_out, sampling, 1, grade, 0) if evaluate_every else None,
         diagnosis=Diagnosis(config.diagnose, state.diagnosis),
+        guard=Guard(config.guard, state.guard, processes),
+        stragglers=Stragglers(config.straggler, processes),
         store=CheckpointStore(folder, processes, 2),
         stop=stop,
         recorder=recorder,
@@ -449,7 +453,7 @@ def test_a_slow_trainer_holds_the_writers_back(tmp_path: Path, staleness: int) -
     untrained = []
 
     class Slow(Trainer):
-        def train_step(self, batch: TrainBatch) -> TrainStats:
+        def train_step(self, batch: TrainBatch, accepts: Accepts | None = None) -> TrainStats:
             step = len(self.batches)
             may_be = min(step + staleness + 1, steps)
             eventually(lambda: sorted(generator.finished) == list(range(may_be)))

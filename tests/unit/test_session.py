@@ -57,7 +57,7 @@ def test_the_outcome_says_how_the_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool, diagnosed: str, status: Status
 ) -> None:
     parts = SimpleNamespace(state=SimpleNamespace(step=7), diagnosed=diagnosed)
-    monkeypatch.setattr(session, "init_distributed", lambda: None)
+    monkeypatch.setattr(session, "init_distributed", lambda *_: None)
     monkeypatch.setattr(session, "assemble", lambda *_: parts)
     monkeypatch.setattr(session, "train", lambda _: done)
     monkeypatch.setattr(session, "finish", lambda *_: None)

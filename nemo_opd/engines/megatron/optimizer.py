@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -77,11 +78,11 @@ def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_
     )
 
 
-def update(optimizer: MegatronOptimizer) -> tuple[float, bool]:
+def update(optimizer: MegatronOptimizer, accepts: Callable[[float], bool] = math.isfinite) -> tuple[float, bool]:
     """Clip and update with the gradients in the model's buffers.
 
-    Megatron checks for non-finite gradients in fp16 only; here an update with a non-finite norm is left out, whatever
-    the precision. The norm is over the whole model, so that every rank decides alike.
+    Megatron checks for non-finite gradients in fp16 only; here `accepts` is asked with the norm of the whole model's
+    gradient before anything is changed, whatever the precision. It must decide alike on every rank.
 
     Returns:
         The global gradient norm before clipping, and whether the update was left out.
@@ -90,7 +91,8 @@ def update(optimizer: MegatronOptimizer) -> tuple[float, bool]:
         found_inf = optimizer.prepare_grads()
         clip = optimizer.config.clip_grad
         norm = optimizer.get_grad_norm() if clip == 0 or found_inf else optimizer.clip_grad_norm(clip)
-    skipped = found_inf or not math.isfinite(norm)
-    if not skipped:
+    norm = math.inf if found_inf else float(norm)
+    accepted = accepts(norm)
+    if accepted:
         optimizer.step_with_ready_grads()
-    return float(norm), skipped
+    return norm, not accepted

@@ -27,25 +27,28 @@ from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.protocols import Place
 from nemo_opd.errors import ConfigError
 
-_TIMEOUT = timedelta(minutes=30)
+_timeout = timedelta(minutes=30)
+"""Of the collectives of every group that is made here."""
 
 
-def init_distributed(timeout: timedelta = _TIMEOUT) -> None:
+def init_distributed(timeout: timedelta | None = None) -> None:
     """Join the default process group from the variables that torchrun sets; alone where some are missing.
 
     The group carries CPU tensors over gloo, and CUDA tensors over NCCL where there is CUDA. Does nothing when the
-    group exists.
+    group exists. `timeout` is that of all collectives from now on, also of groups made later.
     """
+    global _timeout
     cpu.install()
+    _timeout = timeout or _timeout
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=_timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
     if torch.cuda.is_available():
         # NCCL connects at the first call, in which all ranks must take part; later point-to-point calls involve a few.
         dist.all_reduce(torch.zeros(1, device=cpu.device()))
@@ -124,7 +127,7 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
                 create_gloo_process_groups=torch.cuda.is_available(),
-                distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+                distributed_timeout_minutes=int(_timeout.total_seconds() // 60),
             )
             _ours.extend(group for group in _existing_groups() if group not in before)
             # Without dropout nothing is drawn from Megatron's random states, but its modules look them up.
@@ -189,7 +192,7 @@ def _group(layout: Layout, *varying: str, only: tuple[int, ...] | None = None) -
             fixed = {"tp": other.tp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
             key = tuple(value for name, value in fixed.items() if name not in varying)
             by_coordinates.setdefault(key, []).append(rank)
-    mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_TIMEOUT)
+    mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_timeout)
     if isinstance(mine, dist.ProcessGroup):
         _ours.append(mine)
     return mine

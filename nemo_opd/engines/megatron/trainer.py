@@ -12,6 +12,7 @@ have different numbers of rows.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -34,8 +35,9 @@ from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
-from nemo_opd.engines.protocols import NamedTensor, Place, Snapshot
+from nemo_opd.engines.protocols import Accepts, NamedTensor, Place, Snapshot
 from nemo_opd.packing import with_payload
+from nemo_opd.reliability import faults
 from nemo_opd.types import PackedRow, TrainBatch, TrainStats
 from nemo_opd.vocab.fused import fused_loss
 from nemo_opd.vocab.output import OutputLayer
@@ -80,6 +82,7 @@ class MegatronTrainer:
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
             self._ddp = data_parallel(self.model, distributed, dtype)
+            self.model.config.finalize_model_grads_func = self._finalize_model_grads
             self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype)
             self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
 
@@ -138,23 +141,30 @@ class MegatronTrainer:
             self._average = WeightAverage(copy, decay)
         return copy.requires_grad_(False).eval()
 
-    def train_step(self, batch: TrainBatch) -> TrainStats:
+    def train_step(self, batch: TrainBatch, accepts: Accepts | None = None) -> TrainStats:
         """See `Trainer.train_step`. The schedule advances also when an update is skipped: it counts steps."""
         begin = time.perf_counter()
         sums, token_scores = self._accumulate(batch)
         means = self._global_means(sums)  # reads values back, so the device is done by here
         accumulated = time.perf_counter()
         self._schedule.step(1)
-        grad_norm, skipped = update(self._optimizer)
+        losses = {name: value for name, value in means.items() if name in self._loss.components}
+        total = sum(losses.values())
+        grad_norm, skipped = update(self._optimizer, partial(accepts, total) if accepts else math.isfinite)
         if self._average is not None and not skipped:
             self._average.update(self.model)
         return TrainStats(
-            losses={name: value for name, value in means.items() if name in self._loss.components},
+            losses=losses,
             metrics={name: value for name, value in means.items() if name not in self._loss.components},
             grad_norm=grad_norm,
             learning_rate=float(get_canonical_lr_for_logging(self._optimizer.param_groups) or 0.0),
             skipped=skipped,
-            seconds={"forward_backward": accumulated - begin, "optimizer": time.perf_counter() - accumulated},
+            broken=self._broken(sums) if skipped else "",
+            seconds={
+                "own": self._reduced_at - begin,
+                "forward_backward": accumulated - begin,
+                "optimizer": time.perf_counter() - accumulated,
+            },
             token_scores=token_scores,
         )
 
@@ -177,6 +187,26 @@ class MegatronTrainer:
     def load(self, folder: Path) -> None:
         """See `Trainer.load`."""
         checkpoint.load(folder, self.model, self._optimizer, self._schedule, self._average)
+
+    def _broken(self, sums: Sums) -> str:
+        """What of this rank's own sums or gradient is not finite; see `TrainStats.broken`."""
+        if not all(bool(sums[name].isfinite().all()) for name in self._loss.components if name in sums):
+            return "loss"
+        return "" if bool(self._own_gradient.isfinite()) else "gradient"
+
+    def _finalize_model_grads(self, model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+        """Reduce over replicas, tensor ranks (norms) and tied embeddings; the token count is in the loss already.
+
+        Before that the rank's own gradient is summed up, one pass over the buffers: a number that is not finite shows
+        in the sum, and after the reduction nobody could tell whose it was. Nothing waits for it.
+        """
+        self._reduced_at = time.perf_counter()
+        buffers = [buffer.grad_data for buffer in [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]]
+        if (factor := faults.hit("train.gradient")) != 1.0:
+            for buffer in buffers:
+                buffer.mul_(factor)
+        self._own_gradient = torch.stack([buffer.sum() for buffer in buffers]).sum()
+        megatron_finalize_model_grads(model, None, **kwargs)
 
     def _build_model(self) -> tuple[HiddenStateModel, Architecture]:
         student = self._config.student
@@ -276,7 +306,6 @@ def data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype
         ),
         model,
     )
-    config.finalize_model_grads_func = _finalize_model_grads
     return ddp
 
 
@@ -284,7 +313,3 @@ def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
     """Where Megatron's data parallelism accumulates a parameter's gradient."""
     return parameter.main_grad  # type: ignore[attr-defined]
 
-
-def _finalize_model_grads(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Reduce over replicas, tensor ranks (norms) and tied embeddings; the token count is in the loss already."""
-    megatron_finalize_model_grads(model, None, **kwargs)

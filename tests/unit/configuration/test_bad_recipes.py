@@ -45,11 +45,10 @@ CASES = [
         "`optimizer.lr`?", ("train.lr=1e-5",)),
     Bad("unknown_section", "optimiser.lr (recipe.yaml:13): got an unknown key; expected a key of the schema; did you "
         "mean `optimizer.lr`?", new="optimiser: {lr: 1e-5}\n"),
-    Bad("section_as_value", "run: got 5; expected a section with dir, seed, accept_changes; set them one by one, "
-        "for example "
-        "run.dir=...", ("run=5",)),
-    Bad("empty_section", "run (recipe.yaml:1): got nothing; expected a section with dir, seed, accept_changes; set "
-        "them one by one, for example run.dir=...", old="run: {dir: run}", new="run:"),
+    Bad("section_as_value", "run: got 5; expected a section with dir, seed, accept_changes, restarts; set them one by "
+        "one, for example run.dir=...", ("run=5",)),
+    Bad("empty_section", "run (recipe.yaml:1): got nothing; expected a section with dir, seed, accept_changes, "
+        "restarts; set them one by one, for example run.dir=...", old="run: {dir: run}", new="run:"),
     Bad("value_as_section", "train.steps (recipe.yaml:12): got {}; expected a whole number; change the value",
         old="  steps: 10", new="  steps: {}"),
     Bad("missing_key", "train.steps: got nothing; expected a whole number; set train.steps in the recipe or on the "
@@ -415,6 +414,15 @@ CASES = [
         ("evaluate.path=train.jsonl", "verify.name=exact", "evaluate.greedy=true", "evaluate.samples_per_prompt=4")),
     Bad("ahead_without_servers", "rollout.staleness: got 1; expected 0 with engine hf, which writes and trains in the "
         "same processes by turns; set rollout.engine=vllm, or leave staleness out", ("rollout.staleness=1",)),
+    Bad("limit_below_a_server_s", "limits.rollout: got 200.0; expected more than rollout.servers.stuck_seconds (300), "
+        "after which a server is given up, not the run; raise it, or lower rollout.servers.stuck_seconds",
+        (*WRITTEN, "limits.rollout=200")),
+    Bad("limit_below_a_teacher_s_start", "limits.start: got 600.0; expected more than teacher.servers.start_seconds "
+        "(600), after which a server is given up, not the run; raise it, or lower teacher.servers.start_seconds",
+        (*SERVED, "loss=policy_gradient", "limits.start=600")),
+    Bad("more_slow_steps_than_are_looked_at", "straggler.steps: got 11; expected at most straggler.window (10), the "
+        "steps that are looked at; lower it, or raise the window", ("straggler.steps=11",)),
+    Bad("guard_without_a_window", "guard.window: got 1; expected at least 2; change the value", ("guard.window=1",)),
     Bad("ahead_of_a_data_set", "rollout.staleness: got 2; expected 0, as the data set wrote the responses; leave it "
         "out", (*AHEAD, "algorithm=sft", "evaluate.path=train.jsonl", "verify.name=exact")),
     Bad("ahead_of_the_teacher", "rollout.staleness: got 2; expected 0 with prefix teacher, as the teacher begins the "

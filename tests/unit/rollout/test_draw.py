@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_opd.accounts import reward_metrics, token_metrics
 from nemo_opd.checkpoint.store import RunState
 from nemo_opd.config import GroupRelativeReward, NoReward, SlotConfig
-from nemo_opd.loop import drawn_rollouts, reward_metrics, token_metrics
+from nemo_opd.loop import drawn_rollouts
+from nemo_opd.observe.clock import Clock
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.rollout.ahead import RolloutsAhead
@@ -58,6 +60,7 @@ def _run(reward: SlotConfig, prompts_per_step: int = 2) -> Any:
         source=_Source(),
         verifier=lambda text, prompt: float(text == "even") if prompt.index % 3 == 0 else 1.0,
         processes=processes,
+        own=Clock(),
         stop=stop,
         decode=_text,
         state=RunState(),
@@ -74,7 +77,7 @@ def test_without_redrawing_a_step_has_its_prompts(reward: SlotConfig) -> None:
     drawn = drawn_rollouts(run)
     assert drawn is not None and _prompts(drawn[0]) == [0, 1, 2, 3] and drawn[1] == []
     if isinstance(reward, GroupRelativeReward):
-        assert reward_metrics(run, *drawn)["reward/equal_groups"] == 2
+        assert reward_metrics(run.config.reward, run.state, *drawn)["reward/equal_groups"] == 2
 
 
 def test_equal_groups_are_replaced_by_the_next_prompts() -> None:
@@ -85,7 +88,7 @@ def test_equal_groups_are_replaced_by_the_next_prompts() -> None:
     kept, passed_over = drawn
     assert _prompts(kept) == [0, 3] and len(kept) == 6 and _prompts(passed_over) == [1, 2]
     assert run.ahead.position == {"position": 4}, "no prompt more than was needed"
-    metrics = reward_metrics(run, kept, passed_over)
+    metrics = reward_metrics(run.config.reward, run.state, kept, passed_over)
     assert metrics["reward/equal_groups"] == metrics["reward/passed_over_groups"] == 2
     assert run.state.counters["passed_over_groups"] == 2
     counts = {"trained": 6.0, "dropped": 0.0}
@@ -93,7 +96,7 @@ def test_equal_groups_are_replaced_by_the_next_prompts() -> None:
     assert tokens["tokens/written"] == 4 * 3 * 3, "what was passed over was written too"
     again = drawn_rollouts(run)
     assert again is not None and _prompts(again[0]) == [6, 9], "the stream goes on where the step ended"
-    assert reward_metrics(run, *again)["reward/passed_over_groups_total"] == 2 + 4
+    assert reward_metrics(run.config.reward, run.state, *again)["reward/passed_over_groups_total"] == 2 + 4
 
 
 def test_the_same_again_from_the_same_position() -> None:
