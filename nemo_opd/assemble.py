@@ -70,6 +70,7 @@ from nemo_opd.teacher.base import WithBase
 from nemo_opd.teacher.build import build_context
 from nemo_opd.teacher.contexts import Reads, TeacherContext
 from nemo_opd.teacher.early import EarlyScores
+from nemo_opd.teacher.fidelity import FidelityGate
 from nemo_opd.teacher.several import MixedScorer, RoutedContext, RoutedScorer, Routing
 from nemo_opd.types import Need, Sampling, TeacherNeeds
 from nemo_opd.verify.build import build_verifier
@@ -277,9 +278,13 @@ def build_external_scorer(
     """
     teacher, model = config.teacher, Path(str(config.teacher.model))
     check_same_tokens(tokenizer, load_tokenizer(model, key), key)
-    if teacher.engine == "megatron":
-        return MegatronScorer(config)
     vocab_size = read_architecture(config.student.model).vocab_size
+    if teacher.engine == "megatron":
+        scorer = MegatronScorer(config)
+        if teacher.fp8.recipe == "none":
+            return scorer
+        limits = replace(teacher.fidelity, k=min(teacher.fidelity.k, vocab_size))
+        return FidelityGate(scorer, limits, key.removesuffix(".model"), Processes.current())
     if teacher.engine == "vllm":
         servers = servers or teacher_servers(config, "teacher", Processes.current())
         return VLLMScorer(servers.servers(), vocab_size, model=model, end_servers=servers.close)

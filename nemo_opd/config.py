@@ -28,9 +28,41 @@ class RunConfig:
     checkpoint in between."""
 
 
+FP8_MULTIPLES: dict[str, int] = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""By recipe, what a matrix's sides must be multiples of: rows of tokens (of each process) and weights alike."""
+
+
+@dataclass
+class FP8Config:
+    """Matrix products of a Megatron model's layers in FP8, by Transformer Engine; see docs/fp8.md.
+
+    Norms, attention, the output layer and the loss keep bf16 and fp32.
+    """
+
+    recipe: str = "none"
+    """How scaling factors are found: none (no FP8), delayed (of a tensor, from earlier steps), tensorwise (of a tensor,
+    now), blockwise (of 128 x 128 weights and 1 x 128 activations), mxfp8 (of 32 numbers; Blackwell only)"""
+    format: str = "hybrid"
+    """hybrid: e4m3 forward, e5m2 for gradients; e4m3: for everything"""
+    bf16_layers_at_start: int | None = None
+    """First layers that stay in bf16; null: 1, but 0 with delayed, for which Megatron refuses it."""
+    bf16_layers_at_end: int | None = None
+    """Last layers that stay in bf16; null: 1, but 0 with delayed."""
+    amax_history: int = 1024
+    """Of delayed: steps whose largest value decides the scaling factor."""
+    param_gather: bool = False
+    """Of the student with the distributed optimizer: weights are kept, and gathered, in FP8."""
+
+    def bf16_layers(self) -> tuple[int, int]:
+        """How many layers at the start and at the end stay in bf16."""
+        otherwise = 0 if self.recipe in ("none", "delayed") else 1
+        start, end = self.bf16_layers_at_start, self.bf16_layers_at_end
+        return (otherwise if start is None else start), (otherwise if end is None else end)
+
+
 @dataclass
 class LayoutConfig:
-    """How one model is spread over processes."""
+    """How one model is spread over processes, and what its layers compute in."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -38,6 +70,7 @@ class LayoutConfig:
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer, each of which holds some of them whole. Of mixtures of experts, which
     `nemo-opd plan` plans and no engine trains yet."""
+    fp8: FP8Config = field(default_factory=FP8Config)
 
 
 @dataclass
@@ -67,6 +100,8 @@ class ServersConfig:
     """GPUs for servers of our own, as in "4,5,6,7"; null: those that the run sees."""
     memory_share: float = 0.9
     """Of a GPU's memory, for a server of our own."""
+    quantization: str = "none"
+    """Of a server of our own: none, or fp8 (vLLM scales the weights as it loads them; needs a GPU)"""
     cpu_cache_gib: int = 1
     """Keys and values of a server of our own, where there is no GPU."""
     key_file: str | None = None
@@ -88,6 +123,18 @@ class ServersConfig:
     """In which a server must have taken a set of weights."""
     stuck_seconds: float = 300.0
     """A server whose engine makes no step for so long, while it has work, is given up."""
+
+
+@dataclass
+class FidelityConfig:
+    """What a teacher in FP8 may differ from itself in bf16; compared once, before the first step."""
+
+    max_kl: float = 0.005
+    """Mean KL(bf16 || FP8) in nats per token above which the run is refused."""
+    tokens: int = 4096
+    """Response tokens of the first step that are compared."""
+    k: int = 64
+    """The KL is that of the bf16 teacher's k best ids and one bucket for the rest."""
 
 
 @dataclass
@@ -114,6 +161,8 @@ class TeacherConfig(LayoutConfig):
     """Of an external teacher."""
     micro_batch_tokens: int = 4096
     """Positions of one scoring micro-batch, in a process or in a server of our own."""
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    """Of an external teacher with `fp8`."""
 
 
 @dataclass

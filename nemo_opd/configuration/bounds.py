@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nemo_opd.config import SIGNS, LimitsConfig
+from nemo_opd.config import FP8_MULTIPLES, SIGNS, LimitsConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.dtype": ("bfloat16", "float32", "float64"),
@@ -37,6 +37,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weight.of": ("student", "teacher"),
     "loss.outlier": ("forward_kl", "mask", "clip"),
     **{f"diagnose.{sign}.action": ("ignore", "warn", "stop") for sign in SIGNS},
+    **{f"{who}.fp8.recipe": ("none", *FP8_MULTIPLES) for who in ("student", "teacher")},
+    **{f"{who}.fp8.format": ("hybrid", "e4m3") for who in ("student", "teacher")},
+    **{f"{section}.servers.quantization": ("none", "fp8") for section in ("rollout", "teacher")},
     "reward.average": ("tokens", "responses"),
     "reward.equal_groups": ("keep", "drop", "redraw"),
 }
@@ -52,6 +55,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher.pipeline_model_parallel_size": (1, math.inf),
     "teacher.expert_model_parallel_size": (1, math.inf),
     "teacher.micro_batch_tokens": (1, math.inf),
+    **{
+        f"{who}.fp8.{name}": bounds
+        for who in ("student", "teacher")
+        for name, bounds in {
+            "bf16_layers_at_start": (0, math.inf),
+            "bf16_layers_at_end": (0, math.inf),
+            "amax_history": (1, math.inf),
+        }.items()
+    },
+    "teacher.fidelity.max_kl": (0, math.inf),
+    "teacher.fidelity.tokens": (1, math.inf),
+    "teacher.fidelity.k": (1, math.inf),
     "teacher.decay": (0, 1),
     "teacher.weight": (1e-9, math.inf),
     "data.max_prompt_tokens": (1, math.inf),

@@ -23,6 +23,8 @@ class ModelSizes:
 
     architecture: str
     layers: int
+    hidden: int
+    head_dim: int
     attention_heads: int
     key_value_heads: int
     feed_forward: int
@@ -56,10 +58,13 @@ def sizes_of(key: str, where: str, values: dict[str, Any], *, convertible: bool)
     if convertible and architecture not in SUPPORTED_ARCHITECTURES:
         expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         raise ConfigError(key, f"a model of architecture {architecture}", expected, "choose a model of these families")
+    hidden, heads = (_count(key, where, values, name) for name in ("hidden_size", "num_attention_heads"))
     return ModelSizes(
         architecture=architecture,
         layers=_count(key, where, values, "num_hidden_layers"),
-        attention_heads=_count(key, where, values, "num_attention_heads"),
+        hidden=hidden,
+        head_dim=values.get("head_dim") or hidden // heads,
+        attention_heads=heads,
         key_value_heads=_count(key, where, values, "num_key_value_heads", "num_attention_heads"),
         feed_forward=_count(key, where, values, "intermediate_size"),
         vocabulary=_count(key, where, values, "vocab_size"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_opd.config import Config, LayoutConfig, TeacherConfig
+from nemo_opd.configuration.fp8_rules import fp8_rules
 from nemo_opd.configuration.model_files import ModelSizes
 from nemo_opd.errors import ConfigError
 
@@ -24,12 +25,14 @@ def check_models(config: Config, read_sizes: SizesReader) -> None:
     that are not here. Raises ConfigError."""
     student = read_sizes("student.model", Path(config.student.model), convertible=True)
     _layout("student", config.student, student)
+    fp8_rules("student", config, config.student, student)
     _vocabulary(config, student)
     models = {"student": student}
     for key, teacher in config.every_teacher().items():
         if teacher.engine != "none":
             own = teacher.source != "external"
             models[key] = student if own else _scoring_model(key, "model", teacher, student, read_sizes)
+            fp8_rules(key, config, teacher, models[key])
         if teacher.base_model is not None:
             base = "base" if key == "teacher" else f"base of {key}"
             models[base] = _scoring_model(key, "base_model", teacher, student, read_sizes)

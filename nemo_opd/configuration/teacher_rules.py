@@ -63,7 +63,7 @@ def _self(config: Config, key: str, teacher: TeacherConfig) -> None:
         raise ConfigError(f"{key}.model", teacher.model, expected, f"leave it out, or set {key}.source=external")
     for size in fields(LayoutConfig):
         name, got, own = size.name, getattr(teacher, size.name), getattr(config.student, size.name)
-        if got not in (size.default, own):
+        if got not in (getattr(LayoutConfig(), name), own):
             expected = f"the student's {own} with {source}, which lives on the student's layout"
             raise ConfigError(f"{key}.{name}", got, expected, "leave it out")
 

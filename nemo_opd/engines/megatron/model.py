@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_opd.config import LayoutConfig
-from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron import cpu, fp8
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.local import PackedAttention, RMSNorm
 from nemo_opd.engines.megatron.parallel import Layout
@@ -98,7 +98,8 @@ class HiddenStateModel(GPTModel):
 
     def inputs(self, input_ids: Tensor, cu_seqlens: Tensor) -> ModelInputs:
         """A row for `forward`, from CPU tensors."""
-        multiple = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        multiple = parts * fp8.row_multiple(self.config)
         return model_inputs(input_ids, cu_seqlens, multiple, have_transformer_engine(), cpu.device())
 
 
@@ -117,8 +118,9 @@ def build_model(
         key: "student" or "teacher", for messages.
 
     Raises:
-        ConfigError: an unsupported checkpoint, or sizes that the layout does not divide.
+        ConfigError: an unsupported checkpoint, sizes that the layout does not divide, FP8 that this machine has not.
     """
+    fp8.require(config.fp8, key, have_transformer_engine())
     architecture = read_architecture(folder)
     architecture.check_layout(layout.tp, layout.pp, key)
     with cpu.megatron_device():
@@ -182,6 +184,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=True,
+        **fp8.transformer_fields(config.fp8),
     )
 
 

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from nemo_opd.config import OptimizerConfig
+from nemo_opd.config import FP8Config, OptimizerConfig
 from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.model import have_transformer_engine
 from nemo_opd.errors import ConfigError
@@ -35,7 +35,9 @@ def use_distributed(config: OptimizerConfig) -> bool:
     return config.distributed
 
 
-def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, dtype: torch.dtype, fp8: FP8Config
+) -> MegatronOptimizer:
     """Adam with fp32 master weights (float64 for a float64 model, in tests)."""
     distributed = use_distributed(config)
     megatron = MegatronOptimizerConfig(
@@ -50,6 +52,7 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel, dty
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        fp8_recipe=None if fp8.recipe == "none" else fp8.recipe,
     )
     return get_megatron_optimizer(megatron, [model], use_gloo_process_groups=distributed)
 

@@ -11,6 +11,7 @@ runs, which bounds the memory that answers take on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from nemo_opd.config import Config
 from nemo_opd.engines.exchange import Message, exchange
-from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron import cpu, fp8
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups
@@ -115,6 +116,13 @@ class MegatronScorer:
             with torch.no_grad():  # closed before yielding: it would reach into the caller's code
                 answers = list(self._run_window(window, requests, needs))
             yield from answers
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Score in the weights' own dtype meanwhile, where the layers compute in FP8."""
+        assert self._model is not None
+        with fp8.full_precision(self._model):
+            yield
 
     def close(self) -> None:
         """Let go of the model."""

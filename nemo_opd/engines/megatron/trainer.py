@@ -81,9 +81,9 @@ class MegatronTrainer:
         self._names: tuple[str, ...] | None = None
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
-            self._ddp = data_parallel(self.model, distributed, dtype)
+            self._ddp = data_parallel(self.model, distributed, dtype, student.fp8.param_gather)
             self.model.config.finalize_model_grads_func = self._finalize_model_grads
-            self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype)
+            self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype, student.fp8)
             self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
 
     @property
@@ -293,7 +293,9 @@ class MegatronTrainer:
         return self._names
 
 
-def data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype) -> DistributedDataParallel:
+def data_parallel(
+    model: HiddenStateModel, distributed: bool, dtype: torch.dtype, fp8_param_gather: bool = False
+) -> DistributedDataParallel:
     """Gradients in fp32 (float64 for a float64 model), summed over replicas once at the end of a step."""
     config = model.config
     ddp = DistributedDataParallel(
@@ -302,6 +304,7 @@ def data_parallel(model: HiddenStateModel, distributed: bool, dtype: torch.dtype
             grad_reduce_in_fp32=dtype != torch.float64,
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=False,
+            fp8_param_gather=fp8_param_gather,
             check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
         ),
         model,

@@ -60,6 +60,7 @@ def make_engine(settings: ServerSettings) -> LLMEngine:
             tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=settings.memory_share,
+            quantization=None if settings.quantization == "none" else settings.quantization,
             max_logprobs=-1,
             disable_log_stats=True,
             seed=0,

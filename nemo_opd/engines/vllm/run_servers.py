@@ -61,6 +61,7 @@ class RunServers:
             key_file=settings.key_file,
             tensor_parallel_size=settings.tensor_parallel_size,
             memory_share=settings.memory_share,
+            quantization=settings.quantization,
             cpu_cache_gib=settings.cpu_cache_gib,
             transport=settings.transport,
             sleeps=settings.placement == "colocated",

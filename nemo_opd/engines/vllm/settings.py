@@ -55,6 +55,8 @@ class ServerSettings:
     tensor_parallel_size: int = 1
     memory_share: float = 0.9
     """Of a GPU's memory."""
+    quantization: str = "none"
+    """none, or fp8: weights are scaled to FP8 as they are loaded (needs a GPU)."""
     cpu_cache_gib: int = 1
     """Keys and values, where there is no GPU."""
 

@@ -43,7 +43,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, tuple[
 def test_servers_of_our_own_have_their_role_name_and_devices(
     started: dict[str, tuple[ServerSettings, dict[str, str]]], tmp_path: Path
 ) -> None:
-    servers = ServersConfig(count=2, tensor_parallel_size=2, devices="4,5,6,7", memory_share=0.5)
+    servers = ServersConfig(count=2, tensor_parallel_size=2, devices="4,5,6,7", memory_share=0.5, quantization="fp8")
     config = config_of(tmp_path, servers=servers, dtype="float32", micro_batch_tokens=32)
     config.rollout.max_new_tokens = 60
     owners = [writer_servers(config, Processes()), teacher_servers(config, "teacher", Processes())]
@@ -53,7 +53,7 @@ def test_servers_of_our_own_have_their_role_name_and_devices(
     teacher, environment = started["teacher-1"]
     assert (teacher.role, teacher.model, teacher.dtype, teacher.scored_ids) == (TEACHER, "the teacher", "float32", 96)
     assert (teacher.batch_tokens, teacher.max_running, teacher.max_positions) == (32, 32, None)
-    assert (teacher.tensor_parallel_size, teacher.memory_share) == (2, 0.5)
+    assert (teacher.tensor_parallel_size, teacher.memory_share, teacher.quantization) == (2, 0.5, "fp8")
     assert environment == {"CUDA_VISIBLE_DEVICES": "6,7"}
     writer, environment = started["writer-0"]
     assert (writer.role, writer.max_positions, writer.scored_ids, environment) == (WRITER, 100, None, {})
