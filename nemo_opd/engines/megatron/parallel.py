@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
 from nemo_opd.config import LayoutConfig
 from nemo_opd.engines.megatron import cpu
@@ -46,12 +47,23 @@ def init_distributed(timeout: timedelta | None = None) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        dist.init_process_group(backend, timeout=_timeout)
+        store, rank, size = _launcher_store()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
     if torch.cuda.is_available():
         # NCCL connects at the first call, in which all ranks must take part; later point-to-point calls involve a few.
         dist.all_reduce(torch.zeros(1, device=cpu.device()))
+
+
+def _launcher_store() -> tuple[dist.Store, int, int]:
+    """The launcher's store, this process's rank and the number of processes.
+
+    torchrun keeps its store when it starts the processes again, and with it the addresses of those that are gone, which
+    the new ones would try to reach: so each start has names of its own in it.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=_timeout))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
 
 
 @dataclass(frozen=True)
