@@ -6,7 +6,7 @@ Both start from the same student, with the same teacher, prompts, batch, limit o
 over the whole vocabulary at temperature 1), optimizer and number of threads, in float32, a process of its own each, and
 take turns. A step is writing, scoring and training, the median over the steps after the first five. Models learn the
 format by a few steps of SFT first, so that the task's terms decide how long responses are: 20 terms want more than 64
-tokens, so all responses are as long as they may be; one file with 2 to 20 terms gives a spread of lengths. For the
+tokens, so all responses are as long as they may be; one file with 4 to 20 terms gives a spread of lengths. For the
 accuracy both continue from the quickstart's warmed-up student (`--quickstart`, its folder) and are evaluated by us on
 the same held-out problems.
 
@@ -61,7 +61,7 @@ class Point:
     models: str
     batch: int
     terms: str
-    """of the problems: "20" (all responses are cut off at the limit), "5", or "2-20" """
+    """of the problems: "20" (all responses are cut off at the limit), "5", or "4-20" """
     steps: int = 15
 
 
@@ -71,7 +71,7 @@ POINTS = {
     "tiny-128": Point("64x2 / 128x2", 128, "20"),
     "large-128": Point("256x4 / 512x8", 128, "20", 11),
     "small-128-short": Point("128x2 / 256x4", 128, "5"),
-    "small-128-spread": Point("128x2 / 256x4", 128, "2-20"),
+    "small-128-spread": Point("128x2 / 256x4", 128, "4-20"),
 }
 
 
@@ -90,7 +90,7 @@ def make_data(folder: Path, terms: str, seed: int) -> Path:
     file = folder / f"data-{terms}" / "train.jsonl"
     if not file.exists():
         lines: list[str] = []
-        for count in [int(terms)] if "-" not in terms else range(2, 21, 3):
+        for count in [int(terms)] if "-" not in terms else range(4, 21, 4):
             part = folder / f"part-{count}"
             nemo_opd("data", "arithmetic", str(part), "--train", "2000", "--heldout", "10", "--terms", str(count))
             lines += (part / "train.jsonl").read_text().splitlines()

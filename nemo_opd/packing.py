@@ -20,7 +20,8 @@ from nemo_opd.types import Need, PackedRow, Rollout, TeacherNeeds, TeacherScores
 def plan_rows(lengths: Sequence[int], capacity: int, packing: bool = True) -> list[list[int]]:
     """Which sequences share a row of at most `capacity` positions; a longer sequence gets a row of its own.
 
-    With `packing` False every sequence has its own row. Rows come in the order of their first sequence.
+    With `packing` False every sequence has its own row. A row begins with its longest sequence, and equally long ones
+    are neighbours.
     """
     if not packing:
         return [[i] for i in range(len(lengths))]
@@ -34,7 +35,7 @@ def plan_rows(lengths: Sequence[int], capacity: int, packing: bool = True) -> li
         else:
             rows[fitting].append(item)
             room[fitting] -= lengths[item]
-    return sorted(sorted(row) for row in rows)
+    return rows
 
 
 def sequence_length(rollout: Rollout) -> int:

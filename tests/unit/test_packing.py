@@ -14,19 +14,26 @@ def test_rows_hold_every_sequence_once_within_capacity():
     rows = plan_rows(lengths, capacity=12)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 12 or row == [6] for row in rows)
-    assert len(rows) == 5  # longest first: 30; 12; 9 + 3; 5 + 4 + 1; 4
+    assert rows == [[6], [3], [1, 2], [0, 4, 7], [5]]  # longest first: 30; 12; 9 + 3; 5 + 4 + 1; 4
 
 
 def test_without_packing_every_sequence_has_its_row():
     assert plan_rows([5, 2, 9], capacity=100, packing=False) == [[0], [1], [2]]
 
 
+def test_a_row_begins_with_its_longest_sequence():
+    rollouts = [make_rollout(0, 5), make_rollout(1, 7), make_rollout(2, 5)]
+    (row,) = pack(rollouts, {}, [10, 11, 12], [0.0, 1.0, 2.0], capacity=64)
+    assert row.keys == (11, 10, 12)
+    assert row.tokens.advantage.unique_consecutive().tolist() == [1.0, 0.0, 2.0]
+
+
 def test_tokens_point_at_the_position_that_predicts_them():
-    rollouts = [make_rollout(0, 6, prompt_length=3), make_rollout(1, 4, prompt_length=5), make_rollout(2, 9)]
+    rollouts = [make_rollout(2, 9), make_rollout(0, 6, prompt_length=3), make_rollout(1, 4, prompt_length=5)]
     rows = pack(rollouts, {}, [0, 1, 2], [0.5, -1.0, 2.0], capacity=64)
     assert len(rows) == 1
     (row,) = rows
-    assert row.cu_seqlens.tolist() == [0, 8, 16, 27]
+    assert row.cu_seqlens.tolist() == [0, 11, 19, 27]
     whole = [torch.cat([torch.tensor(r.prompt.token_ids), r.response_ids]) for r in rollouts]
     for number, rollout in enumerate(rollouts):
         start, end = row.cu_seqlens[number : number + 2].tolist()
@@ -58,7 +65,7 @@ def test_rollouts_of_different_teachers_share_no_row():
 
 
 def test_teacher_rows_follow_their_tokens():
-    rollouts = [make_rollout(0, 5), make_rollout(1, 7)]
+    rollouts = [make_rollout(0, 7), make_rollout(1, 5)]
     scores = {
         10 + i: TeacherScores(
             key=10 + i,
@@ -74,8 +81,8 @@ def test_teacher_rows_follow_their_tokens():
 
 
 def test_a_rollout_without_an_answer_loses_its_tokens_but_not_its_neighbours():
-    rollouts = [make_rollout(0, 5), make_rollout(1, 7)]
-    score = TeacherScores(key=1, valid=torch.ones(7, dtype=torch.bool), sampled_logprobs=torch.full((7,), -2.0))
+    rollouts = [make_rollout(0, 7), make_rollout(1, 5)]
+    score = TeacherScores(key=1, valid=torch.ones(5, dtype=torch.bool), sampled_logprobs=torch.full((5,), -2.0))
     (row,) = pack(rollouts, {1: score}, [0, 1], [0.0, 0.0], capacity=64)
     assert torch.equal(row.tokens.teacher_valid, row.tokens.sequence == 1)
 

@@ -1,12 +1,14 @@
-"""Norm and attention for where Transformer Engine is absent: the two kernels of Megatron's local spec that we replace.
+"""Norm, activation and attention for where Transformer Engine is absent: what we replace of Megatron's local spec.
 
-Megatron's own local norm refuses sequence parallelism and its local attention needs a dense mask of size row x row.
-Both modules here take part in Megatron's layers unchanged, on CPU as on CUDA.
+Megatron's own local norm refuses sequence parallelism, its local attention needs a dense mask of size row x row, its
+gated activation adds a zero and its rotary embedding makes seven passes over its input. What stands here takes part in
+Megatron's layers unchanged, on CPU as on CUDA.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_opd.engines.megatron.rows import Slots
+from nemo_opd.engines.megatron.eager import rms_norm, rotate
+from nemo_opd.engines.megatron.rows import Runs
 
 
 class RMSNorm(nn.Module):
@@ -29,68 +32,54 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the mean square is accumulated in at least fp32 by the kernel."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise the last dimension; the mean square is accumulated in at least fp32."""
+        return rms_norm(x, self.weight, self.eps)
 
 
-class _ToSlots(torch.autograd.Function):
-    """Row -> slots. The gradient of padding slots is zero (nothing reads them), so backward is a gather as well."""
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What `PackedAttention` knows of a row: a layer's `attention_mask`, which Megatron hands through untouched."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
-        ctx.slots = slots
-        return x.index_select(0, slots.source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.slots.slot), None
+    runs: Runs
+    cos: Tensor
+    """[row, 1, head_dim], cosines of the rotary angles of each position"""
+    sin: Tensor
+    """[row, 1, head_dim / 2]: the second half of the angles equals the first"""
 
 
-class _ToRow(torch.autograd.Function):
-    """Slots -> row: the inverse, dropping the padding."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
-        ctx.slots = slots
-        return x.index_select(0, slots.slot)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.slots.source) * ctx.slots.real, None
+def attention_inputs(runs: Runs, angles: Tensor, dtype: torch.dtype) -> AttentionInputs:
+    """Of `angles` [row, 1, 1, head_dim], Megatron's for each position of the row."""
+    angles = angles.squeeze(1)
+    return AttentionInputs(runs, angles.cos().to(dtype), angles[..., : angles.shape[-1] // 2].sin().to(dtype))
 
 
 class PackedAttention(nn.Module):
-    """Causal attention within each sequence of a packed row, on torch's own kernel.
+    """Rotary embedding and causal attention within each sequence of a packed row, on torch's own kernel.
 
-    Takes the place of Megatron's `DotProductAttention`. The layer's `attention_mask` argument, which Megatron hands
-    through untouched, carries the row's `Slots`.
+    Takes the place of Megatron's `DotProductAttention`, and of its rotary embedding: the layers are given no angles.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Slots, **_: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionInputs, **_: Any) -> Tensor:
         """[row, 1, heads, head_dim] (fewer heads for key and value) -> [row, 1, heads * head_dim]."""
-        slots = attention_mask
-        row = query.shape[0]
+        row, known = query.shape[0], attention_mask
         query, key, value = (x.squeeze(1) for x in (query, key, value))
-        if slots.shapes == ((1, row),):
-            return self._attend(query, key, value, 1, row).view(row, 1, -1)
-        query, key, value = (_ToSlots.apply(x, slots) for x in (query, key, value))
-        answers, first = [], 0
-        for sequences, longest in slots.shapes:
-            part = slice(first, first + sequences * longest)
-            answers.append(self._attend(query[part], key[part], value[part], sequences, longest))
-            first = part.stop
-        return _ToRow.apply(torch.cat(answers), slots).reshape(row, 1, -1)
+        query, key = (rotate(x, known.cos, known.sin) for x in (query, key))
+        if len(known.runs) == 1:
+            return self._attend(query, key, value, *known.runs[0]).reshape(row, 1, -1)
+        sizes = [sequences * length for sequences, length in known.runs]
+        parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), known.runs, strict=True)
+        return torch.cat([self._attend(q, k, v, *run) for q, k, v, run in parts]).reshape(row, 1, -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, longest: int) -> Tensor:
-        """[slots, heads, head_dim] of one batch -> the same."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, length: int) -> Tensor:
+        """[sequences * length, heads, head_dim] of one run -> the same."""
         # Repeating the key heads is faster on CPU than the kernel's own `enable_gqa`, above all backward.
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        query, key, value = (x.unflatten(0, (sequences, longest)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.unflatten(0, (sequences, length)).transpose(1, 2) for x in (query, key, value))
         answer = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
         return answer.transpose(1, 2).flatten(0, 1)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from nemo_opd.config import LayoutConfig
 from nemo_opd.engines.megatron import cpu, fp8
+from nemo_opd.engines.megatron.eager import swiglu
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
-from nemo_opd.engines.megatron.local import PackedAttention, RMSNorm
+from nemo_opd.engines.megatron.local import AttentionInputs, PackedAttention, RMSNorm, attention_inputs
 from nemo_opd.engines.megatron.parallel import Layout
 from nemo_opd.engines.megatron.rows import ModelInputs, model_inputs
 from nemo_opd.engines.megatron.weights import load_hf_weights
@@ -57,20 +58,19 @@ class HiddenStateModel(GPTModel):
             [row, 1, hidden]; under sequence parallelism [row / TP, 1, hidden]. On the last stage after the final norm.
         """
         embedded = self.embedding(inputs.input_ids, inputs.position_ids) if self.pre_process else None
-        return self.decoder(
-            hidden_states=embedded,
-            attention_mask=inputs.slots,
-            rotary_pos_emb=self._rotary(inputs),
-            packed_seq_params=inputs.packed,
-        )
+        if inputs.packed is not None:  # Transformer Engine restarts the angles at `cu_seqlens`
+            angles = self.rotary_pos_emb(inputs.longest, packed_seq=True)
+            return self.decoder(
+                hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=inputs.packed
+            )
+        return self.decoder(hidden_states=embedded, attention_mask=self._attention_inputs(inputs))
 
-    def _rotary(self, inputs: ModelInputs) -> Tensor:
-        """Rotary angles; Transformer Engine restarts them at `cu_seqlens`, the local spec wants them per position."""
-        if inputs.packed is not None:
-            return self.rotary_pos_emb(inputs.longest, packed_seq=True)
+    def _attention_inputs(self, inputs: ModelInputs) -> AttentionInputs:
+        """For the local attention, which turns query and key itself."""
+        assert inputs.runs is not None
         # Megatron caches the table by length: a power of two keeps the number of tables small.
         table = self.rotary_pos_emb(1 << (inputs.longest - 1).bit_length())
-        return table[inputs.position_ids[0]]
+        return attention_inputs(inputs.runs, table[inputs.position_ids[0]], self.config.params_dtype)
 
     def last_hidden(self, output: Tensor) -> Tensor:
         """[row, hidden], whole on every tensor-parallel rank, from what `forward` gave on the last stage.
@@ -176,6 +176,7 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         init_method=_leave,
         output_layer_init_method=_leave,
+        use_te_activation_func=not engine,  # which means: the spec's, see `_use_local_kernels`
         apply_rope_fusion=engine,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -189,7 +190,7 @@ def transformer_config(
 
 
 def block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our two kernels."""
+    """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our kernels."""
     norm: Any = RMSNorm
     qk_norm = architecture.family.qk_norm
     if have_transformer_engine():
@@ -204,9 +205,10 @@ def block_spec(architecture: Architecture, config: TransformerConfig, layout: La
 
 
 def use_local_kernels(layer: Any, qk_norm: bool) -> None:
-    """Put our norm and attention into a layer of Megatron's local spec."""
+    """Put our norm, activation and attention into a layer of Megatron's local spec."""
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
+    layer.mlp.submodules.activation_func = swiglu
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

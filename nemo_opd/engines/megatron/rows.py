@@ -2,7 +2,7 @@
 
 Several sequences lie end to end in one row; attention must not cross their bounds and positions restart at each. With
 Transformer Engine that is Megatron's `PackedSeqParams` in the "thd" format. The local attention of this package (see
-`nemo_opd.engines.megatron.local`) takes `Slots` instead: where each position of the row goes in a few dense batches.
+`nemo_opd.engines.megatron.local`) takes `Runs` instead: parts of the row that are dense batches.
 """
 
 from __future__ import annotations
@@ -13,23 +13,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Slots:
-    """The sequences of a row as dense batches ``[sequences, longest]``, without a mask of size row x row.
-
-    Sequences are batched by length, the longest of a batch less than twice its shortest, so at most half of the slots
-    are padding. Padding stands at the end of a sequence, where causal attention keeps it from every real position.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    """(sequences, longest) of each batch"""
-    source: Tensor
-    """int64 [slots], the row position in each slot, batch after batch; padding repeats the sequence's last position"""
-    real: Tensor
-    """bool [slots, 1, 1], False for padding"""
-    slot: Tensor
-    """int64 [row], the slot of each row position"""
+Runs = tuple[tuple[int, int], ...]
+"""The sequences of a row in order, as (sequences, length) of each run of neighbours that are equally long: a run is a
+dense batch as it lies there. Rows are planned longest sequence first, which makes runs as long as they can be."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class ModelInputs:
     """Length of the longest sequence."""
     packed: PackedSeqParams | None
     """For Transformer Engine attention."""
-    slots: Slots | None
+    runs: Runs | None
     """For the local attention."""
 
 
@@ -75,7 +61,7 @@ def model_inputs(
         position_ids=positions[None].to(device, non_blocking=True),
         longest=longest,
         packed=_packed(bounds, longest, device) if transformer_engine else None,
-        slots=None if transformer_engine else slots_of(bounds, device),
+        runs=None if transformer_engine else runs_of(lengths),
     )
 
 
@@ -90,25 +76,7 @@ def _packed(bounds: Tensor, longest: int, device: torch.device) -> PackedSeqPara
     )
 
 
-def slots_of(bounds: Tensor, device: torch.device) -> Slots:
-    """Batch the sequences between `bounds` (int64 [sequences + 1], covering the whole row, none empty)."""
-    starts, lengths = bounds[:-1], bounds.diff()
-    order = lengths.argsort(descending=True, stable=True)
-    sorted_lengths = lengths[order].tolist()
-    shapes, sources, reals = [], [], []
-    first = 0
-    while first < len(sorted_lengths):
-        longest = sorted_lengths[first]
-        last = first
-        while last < len(sorted_lengths) and 2 * sorted_lengths[last] > longest:
-            last += 1
-        members = order[first:last, None]
-        offset = torch.arange(longest)
-        sources.append((starts[members] + torch.minimum(offset, lengths[members] - 1)).flatten())
-        reals.append((offset < lengths[members]).flatten())
-        shapes.append((last - first, longest))
-        first = last
-    source, real = torch.cat(sources), torch.cat(reals)
-    slot = torch.empty(int(bounds[-1]), dtype=torch.int64)
-    slot[source[real]] = real.nonzero().squeeze(-1)
-    return Slots(tuple(shapes), source.to(device), real[:, None, None].to(device), slot.to(device))
+def runs_of(lengths: Tensor) -> Runs:
+    """Of the lengths of the row's sequences, int64 [sequences]."""
+    found, counts = lengths.unique_consecutive(return_counts=True)
+    return tuple(zip(counts.tolist(), found.tolist(), strict=True))
