@@ -1,9 +1,10 @@
-"""TRL's part of `against_trl`, in a process of its own: trains, and writes the seconds of each step."""
+"""TRL's part of `against_trl`, in processes of its own: trains, and writes the seconds of each step."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def main() -> None:
         lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup, max_completion_length=args.tokens, beta=1.0,
         temperature=1.0, top_p=1.0, top_k=0, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
         save_strategy="no", logging_steps=10_000, adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0,
-        disable_tqdm=True, seed=1, dataloader_num_workers=0,
+        disable_tqdm=True, seed=1, dataloader_num_workers=0, ddp_backend="gloo" if "RANK" in os.environ else None,
     )  # fmt: skip
     seconds = Seconds()
     Counting.lengths = []
@@ -73,6 +74,8 @@ def main() -> None:
         callbacks=[seconds],
     )  # fmt: skip
     trainer.train()
+    if int(os.environ.get("RANK", "0")):
+        return
     trainer.model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     (args.out / "result.json").write_text(json.dumps({"seconds": seconds.found, "tokens": Counting.lengths}))
