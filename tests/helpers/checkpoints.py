@@ -51,3 +51,48 @@ def save_now(trainer: Any, folder: Path) -> None:
     snapshot.finish()
     if dist.is_initialized():
         dist.barrier()
+
+
+def stored(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that Megatron's checkpoint in a folder holds, whole, whatever the layout: tensors, and the rest, by name."""
+    from megatron.core import dist_checkpointing
+    from torch import Tensor
+
+    from nemo_opd.engines.megatron import cpu
+
+    with cpu.megatron_device():
+        found = dict(flat(dist_checkpointing.load_plain_tensors(folder)))
+        found |= dict(flat(dist_checkpointing.load_common_state_dict(folder)))
+    tensors = {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in found.items() if name not in tensors}
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries and lists by their path."""
+    if not isinstance(values, dict | list):
+        yield prefix, values
+        return
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield from flat(value, f"{prefix}/{name}" if prefix else str(name))
+
+
+def different_bits(one: dict[str, Any], other: dict[str, Any], rows: int | None = None) -> tuple[int, int]:
+    """(tensors that differ in any bit, tensors) of two checkpoints.
+
+    `rows` of the vocabulary: what layouts pad it to is their own. Raises AssertionError for other names or shapes.
+    """
+    import torch
+
+    def bits(tensor: Any) -> Any:
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    assert one.keys() == other.keys()
+    different = 0
+    for name, first in one.items():
+        second = other[name]
+        if first.shape != second.shape:
+            assert rows is not None and min(len(first), len(second)) >= rows, (name, first.shape, second.shape)
+            first, second = first[:rows], second[:rows]
+        assert first.dtype == second.dtype and first.shape == second.shape, name
+        different += not torch.equal(bits(first), bits(second))
+    return different, len(one)

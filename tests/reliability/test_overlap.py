@@ -17,9 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_opd.assemble import decoder
+from nemo_opd.checkpoint.store import newest_checkpoint
 from nemo_opd.engines.hf.generator import HFGenerator
 from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.generator import VLLMGenerator
+from nemo_opd.prompts.template import load_tokenizer
+from nemo_opd.rollout.kept import FILE, KeptRollouts
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
 from tests.helpers.servers import need_vllm, serving
@@ -98,7 +102,7 @@ def check_stretches(folder: Path, version: int, found: Sequence[Rollout]) -> Non
 STEPS, PROMPTS = 8, 8
 
 
-def command(folder: Path, staleness: int) -> list[str]:
+def command(folder: Path, staleness: int, processes: int = 2) -> list[str]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"""
@@ -111,7 +115,7 @@ loss: {{name: policy_gradient}}
 verify: {{name: integer, answer_pattern: "#"}}
 evaluate: {{path: {folder / "heldout.jsonl"}, every: 3, max_new_tokens: 24}}
 optimizer: {{lr: 1.0e-3}}
-train: {{steps: {STEPS}, prompts_per_step: {PROMPTS}, micro_batch_tokens: 1024, processes: 2}}
+train: {{steps: {STEPS}, prompts_per_step: {PROMPTS}, micro_batch_tokens: 1024, processes: {processes}}}
 checkpoint: {{every: 1, keep: 10}}
 observe: {{rollouts_per_step: {2 * PROMPTS}}}
 """
@@ -136,8 +140,9 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def test_a_run_whose_rollouts_are_ahead(tmp_path: Path) -> None:
-    """Two ranks, a checkpoint after every step, a stop in the middle. Every prompt is trained on once, tokens are no
-    older than they may be, and an evaluation with rollouts under way is that of the checkpoint by `hf` alone."""
+    """Two ranks, a checkpoint after every step, a stop in the middle, and one rank after it. Every prompt is trained on
+    once, tokens are no older than they may be, what was finished when the run stopped is trained on as it is, and an
+    evaluation with rollouts under way is that of the checkpoint by `hf` alone."""
     need_vllm()
     staleness = 2
     folder, run_dir = make_workspace(tmp_path, head_dim=32), tmp_path / "run"
@@ -149,8 +154,10 @@ def test_a_run_whose_rollouts_are_ahead(tmp_path: Path) -> None:
     code, output = finish(process)
     assert code == 75, output
     assert 4 <= len(lines(run_dir, False)) < STEPS
-    code, output = finish(start(command(folder, staleness)))
+    kept = kept_rollouts(run_dir)
+    code, output = finish(start(command(folder, staleness, processes=1)))
     assert code == 0, output
+    assert f"{len(kept)} rollouts were finished before" in output and kept
 
     steps = lines(run_dir, False)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
@@ -160,7 +167,24 @@ def test_a_run_whose_rollouts_are_ahead(tmp_path: Path) -> None:
     torch.testing.assert_close(shares.sum(1), torch.ones(STEPS))
     assert (shares[:, 1:].sum(0) > 0).all() and shares[0, 0] == 1.0
     assert all(line["optimizer/skipped"] == 0 and line["loss/total"] == line["loss/total"] for line in steps)
+    texts = {name: text for step in range(1, STEPS + 1) for name, text in texts_of(run_dir, step).items()}
+    tokenizer = load_tokenizer(str(folder / "student"))
+    decode = decoder(tokenizer)
+    assert all(texts[name] == decode(rollout.response_ids) for name, rollout in kept.items())
     check_evaluation(folder, run_dir, step=3)
+
+
+def kept_rollouts(run_dir: Path) -> dict[tuple[int, int], Rollout]:
+    """By (prompt, sample), what the newest checkpoint holds that is not trained on."""
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    kept = KeptRollouts(newest / FILE)
+    return {(r.prompt.index, r.sample): r for group in kept._groups.values() for r in group}
+
+
+def texts_of(run_dir: Path, step: int) -> dict[tuple[int, int], str]:
+    text = (run_dir / "rollouts" / f"step-{step:08d}.jsonl").read_text()
+    return {(r["index"], r["sample"]): r["response"] for r in map(json.loads, text.splitlines())}
 
 
 def prompts_of(run_dir: Path, step: int) -> list[int]:
