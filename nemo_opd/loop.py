@@ -192,6 +192,7 @@ def one_step(run: Run) -> StepReport | None:
         measured = rollout_metrics(rollouts)
         stale = staleness_metrics(rollouts, run.state.step - 1, oldest(run.config.rollout))
         slow = run.stragglers.look(run.state.step, own_work(run, batch, stats))
+    run.stop.budget.stepped(clock.total - clock.seconds()["rollout"])
     metrics = {
         "loss/total": sum(stats.losses.values()),
         **{f"loss/{name}": value for name, value in stats.losses.items()},
@@ -427,9 +428,11 @@ def evaluate(run: Run) -> bool:
 def save(run: Run) -> None:
     """Commit a checkpoint of the current step."""
     run.state.algorithm = {name: part.state() for name, part in run.stateful.items()}
+    begin = time.perf_counter()
     kept = run.ahead.kept(run.state.step)
     with run.heartbeat.section("save"):
         path = run.store.save(run.trainer, run.state, run.config_text, {ROLLOUTS_FILE: kept} if kept else {})
+    run.stop.budget.saved(time.perf_counter() - begin, keep=run.processes.is_first)
     log.info("saved %s", path)
 
 

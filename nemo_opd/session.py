@@ -13,6 +13,7 @@ from nemo_opd.config import Config, LimitsConfig
 from nemo_opd.engines.megatron.parallel import init_distributed
 from nemo_opd.loop import train
 from nemo_opd.processes import Processes
+from nemo_opd.reliability.budget import TimeBudget
 from nemo_opd.reliability.heartbeat import Heartbeat, forget_beats
 from nemo_opd.reliability.lock import RunLock, RunLocked
 from nemo_opd.reliability.outcome import EXIT_CODES, Status, current_attempt, forget_outcome, write_outcome
@@ -33,7 +34,10 @@ def run(config: Config) -> int:
     attempt = current_attempt()
     with ExitStack() as stack:
         take_folder(stack, folder, attempt, processes)
-        stop = StopRequest(folder, attempt, processes).listen()
+        budget = TimeBudget(folder, config.run.time_limit)
+        if processes.is_first:
+            budget.warn()
+        stop = StopRequest(folder, attempt, processes, budget).listen()
         heartbeat = watched(stack, config, attempt, processes)
         with heartbeat.section("start"):
             parts = assemble(config, processes, stop, heartbeat)

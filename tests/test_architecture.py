@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"engines.protocols", "reliability", "rollout", "verify", *NOUNS},
     "planning": {"configuration", *NOUNS},
     "tasks": {"prompts", *NOUNS},
+    "cluster": {"configuration", "reliability", *NOUNS},
     "doctor": {
         *("configuration", "engines.protocols", "engines.vllm.settings", "prompts", "rollout", *NOUNS),
     },
@@ -87,12 +88,18 @@ PROGRAMS = {
     "doctor.command",
     "doctor.measure",
     "doctor.worker",
+    "cluster.prepare",
+    "cluster.name",
+    "cluster.node",
+    "cluster.serve",
+    "cluster.announce",
 }
 """Programs that put the areas together: they import what they like, and no area imports them."""
 
 LIGHT = ("config", "errors", "foreign", "algorithms", "configuration", "cli", "launch", "worker", "reliability.outcome",
-         "reliability.lock", "reliability.files", "reliability.redact", "reliability.watchdog", "report",
-         "doctor.bounds", "planning")  # fmt: skip
+         "reliability.lock", "reliability.files", "reliability.redact", "reliability.watchdog", "reliability.requeue",
+         "report", "doctor.bounds", "planning", "cluster.plan", "cluster.prepare", "cluster.name",
+         "cluster.node", "cluster.announce")  # fmt: skip
 """Read before a run starts, so they import nothing heavy."""
 HEAVY = {"torch", "nemo", "megatron", "transformers", "vllm", "datasets", "pyarrow", "numpy", "tensorboard"}
 

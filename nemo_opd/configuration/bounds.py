@@ -46,6 +46,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1),
+    "run.time_limit": (1, math.inf),
+    "cluster.rollout_nodes": (0, math.inf),
+    "cluster.teacher_nodes": (0, math.inf),
+    "cluster.starts": (1, math.inf),
     "run.restarts": (0, math.inf),
     "student.tensor_model_parallel_size": (1, math.inf),
     "student.pipeline_model_parallel_size": (1, math.inf),

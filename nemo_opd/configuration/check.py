@@ -20,6 +20,7 @@ from nemo_opd.config import (
     LayoutConfig,
 )
 from nemo_opd.configuration.bounds import CHOICES, RANGES
+from nemo_opd.configuration.cluster_rules import cluster_rules
 from nemo_opd.configuration.context_rules import context_rules
 from nemo_opd.configuration.limit_rules import limit_rules
 from nemo_opd.configuration.model_files import read_model_sizes
@@ -55,6 +56,7 @@ def check_settings(config: Config) -> None:
         stop_rules,
         prefix_rules,
         server_rules,
+        cluster_rules,
         staleness_rules,
         limit_rules,
         template_rules,

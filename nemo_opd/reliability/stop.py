@@ -1,5 +1,6 @@
-"""A run is asked to stop by a signal to one of its processes or by a file in its folder, and stops between two steps.
-What was trained by then is saved; rollouts that are being written and an evaluation are broken off.
+"""A run is asked to stop by a signal to one of its processes, by a file in its folder or by the end of its time. It
+stops between two steps. What was trained by then is saved; rollouts that are being written and an evaluation are broken
+off.
 
 `control/stop` holds the id of the attempt it means (or `any`), so that a run that was started again does not obey a
 request made to its predecessor. The decision is taken by all ranks together, at the same point of the same step.
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_opd.processes import Processes
+from nemo_opd.reliability.budget import TimeBudget
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,11 @@ def _request(run_dir: Path) -> str | None:
 class StopRequest:
     """Asked between tokens (`requested`) and between steps (`agreed`)."""
 
-    def __init__(self, run_dir: Path | None, attempt: str, processes: Processes) -> None:
-        """`run_dir` None: no file is looked at."""
+    def __init__(
+        self, run_dir: Path | None, attempt: str, processes: Processes, budget: TimeBudget | None = None
+    ) -> None:
+        """`run_dir` None: no file is looked at. `budget` None: there is time enough."""
+        self.budget = budget or TimeBudget()
         self._run_dir = run_dir
         self._attempt = attempt
         self._processes = processes
@@ -81,6 +86,9 @@ class StopRequest:
         if self._run_dir is not None and _request(self._run_dir) in (self._attempt, ANY_ATTEMPT):
             self._asked = True
             self.reason = "control/stop asks for it"
+        elif reason := self.budget.used_up():
+            self._asked = True
+            self.reason = reason
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:

@@ -62,7 +62,7 @@ def test_the_context_of_the_image_holds_what_it_copies_and_no_more() -> None:
     assert {line[1:] for line in ignore if line.startswith("!")} == copied
 
 
-@pytest.mark.parametrize("script", [".ci/run", "slurm/opd.sh"])
+@pytest.mark.parametrize("script", [".ci/run", "slurm/opd.sh", "slurm/teacher.sh", "slurm/submit.sh"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
@@ -85,17 +85,26 @@ def test_make_does_the_set_up_only_once(tmp_path: Path) -> None:
     assert planned() == ".venv/bin/python -m nemo_opd.quickstart\n"
 
 
+UPDATE = "-qq update"
+CHROMIUM = [UPDATE, "-qq install --yes --no-install-recommends chromium"]
+SLURM = [UPDATE, "-qq install --yes --no-install-recommends slurm-wlm munge"]
+
+
 @pytest.mark.parametrize(
-    ("present", "user", "calls"),
+    ("target", "present", "user", "calls"),
     [
-        ((), 0, ["-qq update", "-qq install --yes --no-install-recommends chromium"]),
-        ((), 1000, []),
-        (("chromium",), 0, []),
-        (("google-chrome",), 0, []),
+        ("browser", (), 0, CHROMIUM),
+        ("browser", (), 1000, []),
+        ("browser", ("chromium",), 0, []),
+        ("browser", ("google-chrome",), 0, []),
+        ("slurm", (), 0, SLURM),
+        ("slurm", ("slurmctld", "slurmd", "sbatch"), 0, SLURM),
+        ("slurm", (), 1000, []),
+        ("slurm", ("slurmctld", "slurmd", "sbatch", "munged"), 0, []),
     ],
 )
-def test_the_browser_is_installed_where_it_is_missing_and_may_be(
-    tmp_path: Path, present: tuple[str, ...], user: int, calls: list[str]
+def test_what_the_tests_use_is_installed_where_it_is_missing_and_may_be(
+    tmp_path: Path, target: str, present: tuple[str, ...], user: int, calls: list[str]
 ) -> None:
     """With a path on which there is nothing but these programs."""
     log = tmp_path / "calls"
@@ -104,7 +113,9 @@ def test_the_browser_is_installed_where_it_is_missing_and_may_be(
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    command = [str(shutil.which("make")), "--no-print-directory", "-C", str(ROOT), "browser"]
+    command = [str(shutil.which("make")), "--no-print-directory", "-C", str(ROOT), target, "SBIN="]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
     assert log.read_text().splitlines() == calls
-    assert done.stdout == ("installing Chromium with apt, to test the report in\n" if calls else "")
+    said = {"browser": "installing Chromium with apt, to test the report in\n"}
+    said["slurm"] = "installing SLURM with apt, to submit jobs to in the tests\n"
+    assert done.stdout == (said[target] if calls else "")

@@ -44,6 +44,7 @@ class LocalServers:
         self._ready: dict[str, Path] = {}
         self._started: dict[str, tuple[ServerSettings, Mapping[str, str] | None]] = {}
         self._restarts: dict[str, int] = {}
+        self._given_up: set[str] = set()
         self._closing = threading.Event()
         self._changing = threading.Lock()
 
@@ -80,16 +81,15 @@ class LocalServers:
         threading.Thread(target=self._watch, args=(restarts,), name="server watch", daemon=True).start()
 
     def _watch(self, restarts: int) -> None:
-        given_up: set[str] = set()
         while not self._closing.wait(_WATCH_SECONDS):
-            for name in set(self._processes) - given_up:
+            for name in set(self._processes) - self._given_up:
                 with self._changing:
                     status = self._processes[name].poll()
                     if status is None or self._closing.is_set():
                         continue
                     made = self._restarts.get(name, 0)
                     if made == restarts:
-                        given_up.add(name)
+                        self._given_up.add(name)
                         log.error("the server %s ended (status %s) for the %d. time; it is not started again: %s",
                                   name, status, made + 1, self._end_of_log(name))  # fmt: skip
                         continue
@@ -120,6 +120,11 @@ class LocalServers:
                 time.sleep(_LOOK_SECONDS)
             found.append(str(json.loads(ready.read_text())["url"]))
         return found
+
+    @property
+    def all_given_up(self) -> bool:
+        """Has every server that is watched ended more often than it is started again?"""
+        return bool(self._processes) and self._given_up == set(self._processes)
 
     def process(self, name: str) -> subprocess.Popen[bytes]:
         """The server itself."""

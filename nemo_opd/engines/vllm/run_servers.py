@@ -55,17 +55,7 @@ class RunServers:
         self._weights_dir = server.weights_dir or str(self._scratch)
         atexit.register(self.close)  # also when the run fails: weights in shared memory are memory
         self._local = LocalServers(run_dir / "logs", self._scratch)
-        server = replace(
-            server,
-            weights_dir=self._weights_dir,
-            key_file=settings.key_file,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            memory_share=settings.memory_share,
-            quantization=settings.quantization,
-            cpu_cache_gib=settings.cpu_cache_gib,
-            transport=settings.transport,
-            sleeps=settings.placement == "colocated",
-        )
+        server = replace(placed(server, settings), weights_dir=self._weights_dir)
         for number in range(settings.count):
             devices = devices_of(settings.devices, number, settings.tensor_parallel_size)
             self._local.start(f"{self._name}-{number}", server, devices)
@@ -117,10 +107,29 @@ class RunServers:
             self._scratch = None
 
 
+def placed(server: ServerSettings, settings: ServersConfig) -> ServerSettings:
+    """What a recipe's section says of a server of our own besides."""
+    return replace(
+        server,
+        key_file=settings.key_file,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        memory_share=settings.memory_share,
+        quantization=settings.quantization,
+        cpu_cache_gib=settings.cpu_cache_gib,
+        transport=settings.transport,
+        sleeps=settings.placement == "colocated",
+    )
+
+
 def writer_servers(config: Config, processes: Processes) -> RunServers:
     """Those of `rollout.servers`."""
+    return RunServers("writer", config.rollout.servers, writer_settings(config), Path(config.run.dir), processes)
+
+
+def writer_settings(config: Config) -> ServerSettings:
+    """What a server that writes is started with, but for its section's settings."""
     rollout = config.rollout
-    server = ServerSettings(
+    return ServerSettings(
         model=config.student.model,
         role=WRITER,
         ready_file="",
@@ -129,14 +138,20 @@ def writer_servers(config: Config, processes: Processes) -> RunServers:
         max_running=rollout.batch_size,
         max_positions=longest_sequence(config),
     )
-    return RunServers("writer", rollout.servers, server, Path(config.run.dir), processes)
 
 
 def teacher_servers(config: Config, key: str, processes: Processes) -> RunServers:
     """Those of ``teacher.servers``, or of one of several: `key` is a key of `Config.every_teacher`."""
+    settings = config.every_teacher()[key].servers
+    name = key.replace("teachers.", "teacher-")
+    return RunServers(name, settings, teacher_settings(config, key), Path(config.run.dir), processes)
+
+
+def teacher_settings(config: Config, key: str) -> ServerSettings:
+    """What a server of that teacher is started with, but for its section's settings."""
     teacher = config.every_teacher()[key]
     student = json.loads((Path(config.student.model) / "config.json").read_text(encoding="utf-8"))
-    server = ServerSettings(
+    return ServerSettings(
         model=str(teacher.model),
         role=TEACHER,
         ready_file="",
@@ -146,8 +161,6 @@ def teacher_servers(config: Config, key: str, processes: Processes) -> RunServer
         batch_tokens=teacher.micro_batch_tokens,
         scored_ids=int(student["vocab_size"]),
     )
-    name = key.replace("teachers.", "teacher-")
-    return RunServers(name, teacher.servers, server, Path(config.run.dir), processes)
 
 
 def longest_sequence(config: Config) -> int:
