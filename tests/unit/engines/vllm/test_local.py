@@ -66,8 +66,10 @@ def test_a_server_that_ended_is_started_again_at_its_address_so_often_and_no_mor
     with caplog.at_level(logging.ERROR):
         for count in (1, 2, 3):
             soon(lambda count=count: len(starts(tmp_path)) == count)  # type: ignore[misc]
+            assert not servers.all_given_up
             os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
         soon(lambda: "not started again" in caplog.text)
+    assert servers.all_given_up
     assert [port for _, port in starts(tmp_path)] == [0, 4242, 4242]
     assert caplog.text.count("is started again; see") == 2
 
