@@ -170,8 +170,8 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What ``scontrol show job`` says: JobState, Restarts, Reason, ExitCode, ..."""
-        words = self.call("scontrol", "show", "job", "--oneliner", number).split(" ")
+        """What ``scontrol show job`` says: JobState, Restarts, Reason, ExitCode, ...; of the first component."""
+        words = self.call("scontrol", "show", "job", "--oneliner", number).partition("\n")[0].split(" ")
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def logs(self) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,7 @@ class Site:
 
     def wait(self, job: str, state: str, restarts: int = 0, seconds: float = SECONDS) -> dict[str, str]:
         """Until the job is in that state after so many restarts; returns what SLURM says of it."""
-
-        def there() -> bool:
-            found = self.cluster.job(job)
-            return found["JobState"] == state and int(found["Restarts"]) >= restarts
-
-        until(there, seconds, f"job that is {state} after {restarts} restarts", lambda: self.explain(job))
-        return self.cluster.job(job)
+        return wait_for_job(self.cluster, job, state, restarts, seconds, lambda: self.explain(job))
 
     def explain(self, job: str) -> str:
         logs = sorted((self.folder / "runs").glob("*/logs/*.txt"), key=lambda path: path.stat().st_mtime)[-3:]
@@ -107,3 +102,16 @@ class Run:
     def wait_for_step(self, step: int, job: str) -> None:
         """Until that step has been trained."""
         until(lambda: step in self.steps, SECONDS, f"step {step}", lambda: self.site.explain(job))
+
+
+def wait_for_job(
+    cluster: Cluster, job: str, state: str, restarts: int, seconds: float, explain: Callable[[], str]
+) -> dict[str, str]:
+    """See `Site.wait`."""
+
+    def there() -> bool:
+        found = cluster.job(job)
+        return found["JobState"] == state and int(found["Restarts"]) >= restarts
+
+    until(there, seconds, f"job that is {state} after {restarts} restarts", explain)
+    return cluster.job(job)
