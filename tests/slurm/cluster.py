@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from typing import Self
 import pytest
 
 from nemo_opd.reliability.child import end_with_parent
+from tests.slurm.reaper import processes, reap
+
+ROOT = Path(__file__).parents[2]
 
 NODES = ("n1", "n2")
 START_SECONDS = 60.0
@@ -80,6 +84,8 @@ class Cluster:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="opd-slurm-"))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        command = [sys.executable, "-m", "tests.slurm.reaper", str(self.folder)]
+        self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))},
             "PATH": _PATH,
@@ -129,7 +135,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power failure does: its daemon and all processes of its steps are gone at once."""
-        for pid in self._processes(f"{_NODE}={node}", f"SLURMD_NODENAME={node}"):
+        for pid in processes(self.folder, [f"{_NODE}={node}", f"SLURMD_NODENAME={node}"]):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._daemons[f"slurmd-{node}"].wait()
@@ -138,7 +144,7 @@ class Cluster:
 
     def kill_tasks(self, node: str, words: str) -> int:
         """Kill the processes of steps on a node whose command line holds `words`; returns how many there were."""
-        found = [pid for pid in self._processes(f"SLURMD_NODENAME={node}") if words in _command_line(pid)]
+        found = [pid for pid in processes(self.folder, [f"SLURMD_NODENAME={node}"]) if words in _command_line(pid)]
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -180,29 +186,10 @@ class Cluster:
 
     def close(self) -> None:
         """End everything that belongs to it, also what escaped its daemons. Idempotent."""
-        for _ in range(5):
-            for pid in self._processes():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for daemon in self._daemons.values():
-                with suppress(subprocess.TimeoutExpired):
-                    daemon.wait(5)
-            if not self._processes():
-                break
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _processes(self, *marks: str) -> list[int]:
-        """Processes of this cluster, except our own; with `marks` those that have one of them in their environment."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # gone, or somebody else's
-                continue
-            ours = f"SLURM_CONF={self.folder / 'slurm.conf'}" in words
-            if ours and int(path.name) != os.getpid() and (not marks or set(marks) & set(words)):
-                found.append(int(path.name))
-        return found
+        reap(self.folder)
+        for daemon in self._daemons.values():
+            daemon.wait()
+        self._reaper.communicate()
 
 
 def until(true: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str] = str) -> None:
