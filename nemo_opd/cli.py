@@ -1,4 +1,4 @@
-"""`nemo-opd`: train, check before training, evaluate, measure a teacher's signal, export, report, make data.
+"""`nemo-opd`: plan, check before training, train, evaluate, measure a teacher's signal, export, report, make data.
 
 Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
 """
@@ -20,6 +20,7 @@ from nemo_opd.doctor.bounds import parse_bounds
 from nemo_opd.errors import ConfigError
 from nemo_opd.evaluate.lengths import parse_lengths
 from nemo_opd.launch import start
+from nemo_opd.planning.gpus import GPUS
 from nemo_opd.reliability.outcome import EXIT_CODES, INTERRUPTED, Status
 from nemo_opd.reliability.redact import redact
 from nemo_opd.worker import configure_logging
@@ -38,7 +39,7 @@ then, with the models and data that it made:
 
 exit codes:
   0    done
-  1    doctor: a check failed; its table says which, and what to do
+  1    doctor: a check failed; its table says which, and what to do. plan: the recipe does not fit
   2    a setting or an argument that cannot work; one line on stderr says what to change
   65   stopped by the diagnosis, with a checkpoint; outcome.json in the run folder has the reason
   70   failed; outcome.json in the run folder has the reason
@@ -75,6 +76,19 @@ examples:
 What would make this run fail or lie: versions, disk, servers, token ids, ends, chat templates; then trainer, generator
 and teacher are built as `train` builds them and compared on the same sequences. Prints a table with every number and
 its bound, and exits with 1 when a check failed. Trains nothing, writes nothing into run.dir. See docs/doctor.md.
+"""
+
+_PLAN = """
+examples:
+  nemo-opd plan recipes/qwen3-8b_from_qwen3-32b/2_nodes.yaml
+  nemo-opd plan my.yaml --nodes 4 --gpu h200
+  nemo-opd plan my.yaml --nodes 8 --sweep                       the best few layouts
+  nemo-opd plan my.yaml --assume train_efficiency=0.4 --assume response_share=0.5 --json
+
+Memory of every distinct rank, bytes of every kind of message and an estimate of a step's time, without a GPU and
+without the models: of one that is not there, the published config.json of the same name counts. Every distinct rank of
+student and teacher is built on the meta device and compared with the arithmetic. Exits with 1 when the recipe does not
+fit, after the smallest change with which it would. Rates and assumptions: nemo_opd/planning/gpus.py. See docs/plan.md.
 """
 
 _EVAL = """
@@ -166,6 +180,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     _add_train(_verb(verbs, "train", "train a student, or go on with a run", _TRAIN))
     _add_doctor(_verb(verbs, "doctor", "what would make a run fail or lie, before it starts", _DOCTOR))
+    _add_plan(_verb(verbs, "plan", "memory, messages and time of a recipe, before any GPU is asked for", _PLAN))
     _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
     _add_signal(_verb(verbs, "signal", "which teacher context tells good responses from bad ones", _SIGNAL))
     _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
@@ -206,6 +221,19 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     _add_overrides(parser, "settings that win over the recipe's")
     parser.set_defaults(run=_doctor)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file, see recipes/README.md")
+    parser.add_argument("--nodes", metavar="N", type=_count, help="nodes of the trainer (default: train.processes)")
+    parser.add_argument("--gpus-per-node", metavar="N", type=_count, default=8, help="default %(default)s")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="default %(default)s")
+    parser.add_argument("--assume", metavar="NAME=N", action="append", default=[], help="an assumption; repeatable")
+    parser.add_argument("--sweep", action="store_true", help="compare layouts and print the best few")
+    parser.add_argument("--arithmetic", action="store_true", help="build no rank on the meta device: under a second")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    _add_overrides(parser, "settings that win over the recipe's")
+    parser.set_defaults(run=_plan)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +322,12 @@ def _doctor(args: argparse.Namespace) -> int:
     load(args.recipe, args.overrides)  # what is wrong is said before anything heavy is imported
     args.bound = parse_bounds(args.bound)
     from nemo_opd.doctor import command
+
+    return command.main(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nemo_opd.planning import command
 
     return command.main(args)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -32,3 +35,10 @@ def ranks2() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def ranks4() -> Iterator[RankPool]:
     yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Callable[..., Any]]:
+    """``alone(function, *args)`` runs a module-level function in a process without a process group."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=600)

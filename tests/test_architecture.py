@@ -85,6 +85,8 @@ PROGRAMS = {
     "evaluate.command",
     "evaluate.signal_command",
     "report.command",
+    "planning.command",
+    "planning.recipes_table",
     "doctor.command",
     "doctor.measure",
     "doctor.worker",

@@ -13,7 +13,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,20 @@ Layer = dict[str, Setting]
 """Settings by dotted key."""
 
 
-def load(recipe: Path | None, overrides: Sequence[str] = (), *, checked: bool = True) -> Config:
+def load(
+    recipe: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    checked: bool = True,
+    rules: Callable[[Config], None] = check,
+) -> Config:
     """The whole configuration of a run.
 
     Args:
         recipe: a YAML file; None starts from the schema alone.
         overrides: ``key=value`` words of a command line; of a key given twice the last counts.
-        checked: apply the rules of `nemo_opd.configuration.check` too.
+        checked: apply `rules` too.
+        rules: raises ConfigError for what cannot work; as it is, on this machine.
 
     Raises:
         ConfigError: for whatever the user has to mend, with the key and where it was written.
@@ -69,7 +76,7 @@ def load(recipe: Path | None, overrides: Sequence[str] = (), *, checked: bool = 
     config = _typed(settings, names, _named_sections(settings))
     if checked:
         try:
-            check(config)
+            rules(config)
         except ConfigError as error:
             raise _located(error, settings) from error.__cause__
     return config

@@ -1,7 +1,7 @@
 """What GPUs can do, and what is assumed about how much of it a run gets: every number that a plan rests on, named.
 
-Nothing here was measured by this project. Peaks are those of public data sheets; efficiencies are assumptions, each of
-which ``nemo-opd plan --assume NAME=NUMBER`` replaces.
+Nothing here was measured on a GPU. Peaks are those of public data sheets; efficiencies are assumptions, each of which
+``nemo-opd plan --assume NAME=NUMBER`` replaces.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class Assumptions:
     """Bytes per second between a GPU and its host."""
     disk: float = 2e9
     """Bytes per second of a shared file system, for one writer or for all readers of the same file together."""
+    host_network: float = 1e9
+    """Bytes per second that a process receives through gloo."""
+    text_tokens: float = 3e6
+    """Tokens per second that a process turns into text. (3.8e6 on one core of a 2-core x86_64 machine, for a byte-level
+    BPE of 20,000 entries.)"""
     call_seconds: float = 20e-6
     """Of one collective call between GPUs of a node, whatever its size."""
     hop_seconds: float = 5e-6

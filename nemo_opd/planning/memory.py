@@ -1,0 +1,255 @@
+"""Memory of every distinct rank: what stays, and what each part of a step adds to it.
+
+A step writes, scores and trains, one after the other; what one part needed is free again for the next. Where servers
+write beside it, writing takes nothing here. The largest of the three decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from nemo_opd.planning.activations import Kernels, layer_activations, layer_input, passing
+from nemo_opd.planning.gpus import GIB
+from nemo_opd.planning.setting import Model, Serving, Setting
+
+_FP32 = 4
+_ADAM = 8
+"""Bytes of Adam's two moments."""
+_ROWS_OF_A_WINDOW = 8
+"""Rows of a teacher's window for each of its pipeline stages, as in engines/megatron/scorer.py."""
+_SCORED_CHUNK = 256
+_KNOWN = 26
+"""Bytes of a token of a response: id, version, log-probability, author, mask, and about four letters."""
+_LOGITS_WHILE_DRAWING = 3
+"""Copies of a batch's logits while the embedded generator draws: logits, filtered, noise."""
+
+Parts = dict[str, float]
+"""Bytes by what they are for."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One kind of rank: which stages of which models it holds, and its memory in bytes."""
+
+    ranks: str
+    """Example: ``0 to 7``."""
+    stages: Mapping[str, int]
+    """Pipeline stage of each model."""
+    stays: Parts
+    phases: Mapping[str, Parts]
+    """What writing, scoring and training add."""
+    recomputed: float
+    """What activations would take if layers were computed again in backward."""
+    reserved: float = 0.0
+
+    def total(self, phase: str) -> float:
+        return self.reserved + sum(self.stays.values()) + sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """(phase, bytes) of the largest."""
+        return max(((phase, self.total(phase)) for phase in self.phases), key=lambda pair: pair[1])
+
+    @property
+    def activations(self) -> float:
+        return self.phases["training"].get("activations", 0.0)
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """One GPU of a server."""
+
+    key: str
+    gpus: int
+    colocated: bool
+    weights: float
+    cache: float
+    """What its share of the GPU leaves for keys and values."""
+    longest: float
+    """Keys and values of the longest sequence."""
+    asked: int
+    """Sequences that it is given at a time, at most."""
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def sequences(self) -> int:
+        """Of the longest kind, that fit."""
+        return max(0, int(self.cache // self.longest))
+
+
+def rank_memory(setting: Setting, kernels: Kernels = "te") -> list[RankMemory]:
+    """Every distinct rank of the trainer."""
+    models = {"student": setting.student} | {model.key: model for model, _ in setting.teachers()}
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(setting.processes):
+        stages = tuple(rank // (model.spread.tp * model.spread.dp) for model in models.values())
+        groups.setdefault(stages, []).append(rank)
+    found = []
+    for stages, ranks in groups.items():
+        held = dict(zip(models, stages, strict=True))
+        name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        found.append(_rank(setting, name, held, kernels))
+    return found
+
+
+def _rank(setting: Setting, name: str, stages: Mapping[str, int], kernels: Kernels) -> RankMemory:
+    assumed = setting.cluster.assumptions
+    training, recomputed = _training(setting, stages["student"], kernels)
+    phases = {"writing": _writing(setting), "scoring": _scoring(setting, stages), "training": training}
+    if _scores_while_writing(setting):
+        phases["writing"] = {**phases["scoring"], **phases["writing"]}
+    server = "awake server"
+    loose = {phase: {k: v if k == server else v * assumed.slack for k, v in p.items()} for phase, p in phases.items()}
+    writers = setting.writers
+    asleep = assumed.asleep_gib * GIB if writers is not None and writers.colocated else 0.0
+    for phase in ("scoring", "training"):
+        loose[phase] |= {"sleeping server": asleep} if asleep else {}
+    stays = _stays(setting, stages)
+    return RankMemory(name, stages, stays, loose, recomputed * assumed.slack, assumed.reserved_gib * GIB)
+
+
+def _scores_while_writing(setting: Setting) -> bool:
+    """With KAT in segments the teacher scores between two pieces of a response."""
+    return getattr(setting.config.stop, "form", "after") == "segments"
+
+
+def _stays(setting: Setting, stages: Mapping[str, int]) -> Parts:
+    student = setting.student
+    count = student.shape.stage(student.spread, stages["student"], setting.config.student.vocab_padding_multiple)
+    per_dense, per_expert = _optimizer_bytes(setting)
+    parts: Parts = {
+        "student, weights": count.total * student.width,
+        "student, gradients": count.total * max(_FP32, student.width),
+        "student, optimizer": count.dense * per_dense + count.expert * per_expert,
+    }
+    last = stages["student"] == student.spread.pp - 1
+    for model, teacher in setting.teachers():
+        weights = model.shape.stage(model.spread, stages[model.key]).total * model.width
+        if teacher.source == "external":
+            parts[f"{model.key}, weights"] = weights
+            if setting.whole_teacher and last and not model.key.endswith("base_model"):
+                rows = student.shape.vocabulary_rows(student.spread.tp, setting.config.student.vocab_padding_multiple)
+                parts[f"{model.key}, output layer"] = rows * model.shape.hidden * model.width
+        elif teacher.source != "current":
+            average = count.total * _FP32 if teacher.source == "ema" and student.width < _FP32 else 0
+            parts[f"{model.key}, copy of the student"] = count.total * student.width + average
+    for what, shape, width in setting.whole_models():
+        parts[what] = shape.parameters * width
+    if getattr(setting.config.stop, "divergence", "") == "full":
+        for key in ("student", *setting.config.every_teacher()):
+            shape = setting.shapes[key]
+            parts[f"{key}, whole output layer"] = shape.vocabulary * shape.hidden * student.width
+    return parts
+
+
+def _optimizer_bytes(setting: Setting) -> tuple[float, float]:
+    """For each parameter that all replicas share, and for each of an expert: master copy and moments."""
+    student = setting.student
+    each = _ADAM * max(1, student.width / _FP32) + (_FP32 if student.width < _FP32 else 0)
+    if not setting.distributed:
+        return each, each
+    return each / student.spread.dp, each / student.spread.expert_dp
+
+
+def _writing(setting: Setting) -> Parts:
+    """Of two writers in a process the larger: the teacher's prefixes are there before the student goes on."""
+    rollout, writers = setting.config.rollout, setting.writers
+    if writers is not None and writers.colocated:
+        return {"awake server": writers.share * setting.cluster.gpu.memory}
+    largest: Parts = {}
+    batch = min(rollout.batch_size, setting.responses)
+    for what, shape, width in setting.whole_models():
+        if what in ("generator", "teacher that writes"):
+            parts = {
+                f"{what}, keys and values": float(batch * setting.sequence * shape.cache_bytes(width)),
+                f"{what}, logits": float(_LOGITS_WHILE_DRAWING * batch * shape.vocabulary * _FP32),
+            }
+            largest = max(largest, parts, key=lambda one: sum(one.values()))
+    return largest
+
+
+def _scoring(setting: Setting, stages: Mapping[str, int]) -> Parts:
+    """The largest teacher's: they score one after the other."""
+    largest: Parts = {}
+    for model, _ in setting.teachers():
+        parts = {f"{model.key}, forward": model.row * passing(model.shape, model.spread, model.width)}
+        if stages[model.key] == model.spread.pp - 1:
+            parts |= _answers(setting, model)
+        largest = max(largest, parts, key=lambda one: sum(one.values()))
+    return largest
+
+
+def _answers(setting: Setting, model: Model) -> Parts:
+    """What a teacher's last stage holds of its answers, until a window of rows is through."""
+    if not setting.whole_teacher:
+        rows = setting.student.shape.vocabulary_rows(model.spread.tp)
+        return {f"{model.key}, logits of a chunk": _SCORED_CHUNK * rows * _FP32}
+    window = _ROWS_OF_A_WINDOW * model.spread.pp
+    responses = setting.scored / model.spread.dp * setting.response
+    tokens = min(window * model.row, responses)
+    return {f"{model.key}, hidden states of a window": 2 * tokens * model.shape.hidden * model.width}  # and as sent
+
+
+def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, float]:
+    """(what training adds, activations with recomputation)."""
+    student, row = setting.student, setting.row
+    layers = student.shape.layers // student.spread.pp
+    in_flight = min(setting.rows, student.spread.pp - stage)
+    kept = sum(layer_activations(student.shape, student.spread, student.width, kernels).values())
+    moving = row * passing(student.shape, student.spread, student.width)
+    again = row * (in_flight * layers * layer_input(student.shape, student.spread, student.width) + kept)
+    parts = {"activations": row * in_flight * layers * kept, "backward of a layer": moving}
+    if stage == student.spread.pp - 1:
+        parts |= dict(_loss(setting, kernels))
+    return parts, again
+
+
+def _loss(setting: Setting, kernels: Kernels) -> Iterator[tuple[str, float]]:
+    """Of one row, on the student's last stage."""
+    student, row = setting.student, setting.row
+    multiple = setting.config.student.vocab_padding_multiple
+    columns = student.shape.vocabulary_rows(student.spread.tp, multiple)
+    yield "hidden states and their gradient", 4 * row * student.shape.hidden * student.width
+    buffers = 2 if student.spread.tp > 1 else 1
+    if setting.whole_teacher:
+        widths = [model.shape.hidden * model.width for model, _ in setting.teachers()]
+        yield "teacher's hidden states of a row", row * max(widths, default=0)
+        buffers += 1
+    chunk = min(setting.config.train.loss_chunk_tokens, row) * columns
+    copy = student.width if kernels == "te" and student.width < _FP32 else 0  # the gradient as matrices want it
+    yield "output-layer chunk", chunk * (buffers * _FP32 + copy)
+    yield "output layer's empty gradient", columns * student.shape.hidden * student.width
+
+
+def server_memory(setting: Setting, serving: Serving) -> ServerMemory:
+    """One GPU of these servers."""
+    gpu, assumed = setting.cluster.gpu, setting.cluster.assumptions
+    # experts and heads are cut alike; key-value heads that are fewer than GPUs are copied
+    weights = serving.shape.parameters * serving.width / serving.tp
+    held = serving.shape.cache_bytes(serving.width) / min(serving.tp, serving.shape.groups)
+    cache = serving.share * gpu.memory - weights - assumed.reserved_gib * GIB
+    is_writer = serving.key == "rollout.servers"
+    longest = held * (setting.sequence + (0 if is_writer else setting.read_more))
+    problems = []
+    if cache < longest:
+        problems.append(
+            f"{serving.key}: weights take {weights / GIB:.1f} GiB of the {serving.share * gpu.memory / GIB:.1f} GiB "
+            f"that a server has of each GPU, and {max(0.0, cache) / GIB:.1f} GiB remain for keys and values of one "
+            f"sequence of {longest / GIB:.2f} GiB"
+        )
+    asked = setting.config.rollout.batch_size if is_writer else 64
+    return ServerMemory(serving.key, serving.gpus, serving.colocated, weights, cache, longest, asked, tuple(problems))
+
+
+def host_memory(setting: Setting) -> float:
+    """Bytes of a node's own memory: every process knows all responses of a step, and those that compute a loss keep
+    the teacher's hidden states until they are trained on."""
+    student = setting.student
+    processes = min(setting.cluster.gpus_per_node, setting.processes)
+    held = processes * setting.responses * setting.written * _KNOWN if setting.generates else 0.0
+    if setting.whole_teacher:
+        widths = [model.shape.hidden * model.width for model, _ in setting.teachers()]
+        each = setting.responses / student.spread.dp * setting.written * sum(widths)
+        held += each * min(processes, student.spread.tp * student.spread.dp)
+    return held

@@ -1,0 +1,217 @@
+"""What is planned: a recipe, the sizes of its models and the machine, and the counts that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nemo_opd.config import Config, DatasetPrefix, LayoutConfig, ServersConfig, TeacherConfig
+from nemo_opd.configuration.objective_rules import reads_whole_teacher
+from nemo_opd.configuration.server_rules import addresses
+from nemo_opd.planning.gpus import Cluster
+from nemo_opd.planning.shapes import ModelShape, Spread
+
+WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""Bytes of one number."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the recipe in the trainer's processes, trained or scoring, laid out by Megatron."""
+
+    key: str
+    """``student``, ``teacher``, ``teachers.NAME``, or one of these with ``.base_model``"""
+    shape: ModelShape
+    spread: Spread
+    width: int
+    """Bytes of one of its numbers."""
+    row: int
+    """Positions of its longest micro-batch."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """vLLM servers of one kind."""
+
+    key: str
+    shape: ModelShape
+    servers: int
+    tp: int
+    width: int
+    share: float
+    """Of a GPU's memory."""
+    colocated: bool
+    standing: bool
+    """On nodes of their own; otherwise on the first node, beside the trainer's processes or with them."""
+
+    @property
+    def gpus(self) -> int:
+        return self.servers * self.tp
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe on a machine."""
+
+    config: Config
+    shapes: Mapping[str, ModelShape]
+    """By the keys of `Model.key`."""
+    cluster: Cluster
+    processes: int
+    """Of the trainer, one on each GPU."""
+
+    # counts of a step
+
+    @property
+    def prompt(self) -> int:
+        return self.config.data.max_prompt_tokens
+
+    @property
+    def response(self) -> int:
+        """Tokens of the longest response."""
+        return int(getattr(self.config.stop, "length", self.config.rollout.max_new_tokens))
+
+    @property
+    def written(self) -> float:
+        """Tokens of the mean response."""
+        return self.response * self.cluster.assumptions.response_share
+
+    @property
+    def sequence(self) -> int:
+        """Positions of the longest prompt with the longest response."""
+        return self.prompt + self.response - 1
+
+    @property
+    def read_more(self) -> int:
+        """Tokens that the teacher reads besides, at most."""
+        return int(getattr(self.config.context, "max_tokens", None) or 0)
+
+    @property
+    def responses(self) -> int:
+        return self.config.train.prompts_per_step * self.config.rollout.samples_per_prompt
+
+    @property
+    def scored(self) -> float:
+        """Responses that one teacher scores: all, or its share of them where records name their teacher."""
+        return self.responses / (len(self.config.teachers) if self.config.data.teacher_key is not None else 1)
+
+    @property
+    def row(self) -> int:
+        """Positions of the student's longest micro-batch."""
+        return max(self.sequence, self.config.train.micro_batch_tokens) if self._packed else self.sequence
+
+    @property
+    def _packed(self) -> bool:
+        return self.config.train.packing
+
+    @property
+    def positions(self) -> float:
+        """Of a step: prompts with mean responses."""
+        return self.responses * (self.prompt + self.written)
+
+    @property
+    def rows(self) -> int:
+        """Micro-batches of a replica of the student."""
+        mean = self.positions / self.responses
+        held = max(1, int(self.row // mean)) if self._packed else 1
+        return max(1, math.ceil(self.responses / self.student.spread.dp / held))
+
+    @property
+    def generates(self) -> bool:
+        return not isinstance(self.config.prefix, DatasetPrefix)
+
+    @property
+    def whole_teacher(self) -> bool:
+        """Does the loss read the teacher's distribution over the whole vocabulary?"""
+        return self.config.loss.needs_teacher and reads_whole_teacher(self.config.loss)
+
+    @property
+    def distributed(self) -> bool:
+        """Is the optimizer spread over replicas? Where nothing is said it is, as Transformer Engine is on every GPU."""
+        return self.config.optimizer.distributed is not False
+
+    # models
+
+    @property
+    def student(self) -> Model:
+        student = self.config.student
+        return Model("student", self.shapes["student"], self._spread(student), WIDTH[student.dtype], self.row)
+
+    def teachers(self) -> Iterator[tuple[Model, TeacherConfig]]:
+        """Teachers in the trainer's processes with a layout, and their bases; a self teacher has the student's."""
+        for key, teacher in self.config.every_teacher().items():
+            if teacher.engine != "megatron":
+                continue
+            row = max(self.sequence + self.read_more, teacher.micro_batch_tokens)
+            if teacher.source != "external":
+                student = self.student
+                yield Model(key, student.shape, student.spread, student.width, row), teacher
+                continue
+            for name in (key, f"{key}.base_model"):
+                if name in self.shapes:
+                    yield Model(name, self.shapes[name], self._spread(teacher), WIDTH[teacher.dtype], row), teacher
+
+    def whole_models(self) -> Iterator[tuple[str, ModelShape, int]]:
+        """(what, shape, bytes of a number) of models that every process holds whole."""
+        rollout, student = self.config.rollout, self.shapes["student"]
+        if self.generates and rollout.engine == "hf":
+            yield "generator", student, WIDTH[rollout.dtype]
+        if self.config.prefix.name in ("teacher", "teacher_mixed"):
+            yield "teacher that writes", self.shapes["teacher"], WIDTH[self.config.teacher.dtype]
+        for key, teacher in self.config.every_teacher().items():
+            if teacher.engine == "hf":
+                yield f"{key}, whole", self.shapes[key], WIDTH[teacher.dtype]
+
+    @property
+    def writers(self) -> Serving | None:
+        """vLLM servers that write."""
+        rollout = self.config.rollout
+        if not self.generates or rollout.engine != "vllm":
+            return None
+        return self._serving("rollout.servers", self.shapes["student"], rollout.servers, WIDTH[rollout.dtype])
+
+    @property
+    def scorers(self) -> list[Serving]:
+        """vLLM servers that score."""
+        return [
+            self._serving(f"{key}.servers", self.shapes[key], teacher.servers, WIDTH[teacher.dtype])
+            for key, teacher in self.config.every_teacher().items()
+            if teacher.engine == "vllm"
+        ]
+
+    @property
+    def servings(self) -> list[Serving]:
+        writers = self.writers
+        return [*([writers] if writers else []), *self.scorers]
+
+    @property
+    def gpus(self) -> int:
+        """All that the run uses."""
+        return self.processes + sum(one.gpus for one in self.servings if not one.colocated)
+
+    @property
+    def nodes(self) -> int:
+        """All that the run uses; servers that stand already have nodes of their own."""
+        each = self.cluster.gpus_per_node
+        beside = sum(one.gpus for one in self.servings if not one.colocated and not one.standing)
+        standing = sum(math.ceil(one.gpus / each) for one in self.servings if one.standing)
+        return math.ceil((self.processes + beside) / each) + standing
+
+    def _serving(self, key: str, shape: ModelShape, servers: ServersConfig, width: int) -> Serving:
+        return Serving(
+            key=key,
+            shape=shape,
+            servers=servers.count if servers.urls is None else len(addresses(servers.urls)),
+            tp=servers.tensor_parallel_size,
+            width=width,
+            share=servers.memory_share,
+            colocated=key == "rollout.servers" and servers.placement == "colocated",
+            standing=servers.urls is not None,
+        )
+
+    def _spread(self, layout: LayoutConfig) -> Spread:
+        tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        return Spread(
+            tp, pp, self.processes // (tp * pp), layout.expert_model_parallel_size, layout.sequence_parallel and tp > 1
+        )

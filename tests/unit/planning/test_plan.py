@@ -1,0 +1,233 @@
+"""What a plan says: by hand where that is short, otherwise how it must change when one setting does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_opd.cli import main
+from nemo_opd.errors import ConfigError
+from nemo_opd.planning.alternatives import suggestion, sweep
+from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
+from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
+
+RECIPE = """\
+run: {dir: run}
+student: {model: models/Qwen3-1.7B}
+teacher: {model: models/Qwen3-8B}
+data: {path: data/train.jsonl, max_prompt_tokens: 1024}
+rollout: {max_new_tokens: 1024, samples_per_prompt: 4, dtype: bfloat16}
+train: {steps: 10, prompts_per_step: 16, micro_batch_tokens: 2048, processes: 8}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+def planned(recipe: Path, *words: str, **options: Any) -> Plan:
+    return plan(make_setting(read_recipe(recipe, words), Options(**options)))
+
+
+def sent(found: Plan, what: str) -> float:
+    return sum(flow.sent for flow in found.flows if flow.what == what)
+
+
+def test_what_stays_on_a_rank(recipe: Path) -> None:
+    stays = planned(recipe).ranks[0].stays
+    parameters = 1_720_574_976
+    assert stays["student, weights"] == 2 * parameters
+    assert stays["student, gradients"] == 4 * parameters
+    assert stays["student, optimizer"] == 12 * parameters / 8
+    assert stays["teacher, weights"] == 2 * 8_190_735_360
+    assert stays["teacher, output layer"] == 2 * 151_936 * 4096
+    assert stays["generator"] == 2 * parameters
+    whole = planned(recipe, "optimizer.distributed=false").ranks[0].stays
+    assert whole["student, optimizer"] == 12 * parameters
+
+
+def test_ranks_differ_by_the_stages_that_they_hold(recipe: Path) -> None:
+    found = planned(recipe, "student.pipeline_model_parallel_size=2", "teacher.pipeline_model_parallel_size=4")
+    kinds = [(rank.ranks, tuple(rank.stages.values())) for rank in found.ranks]
+    assert kinds == [("0 to 1", (0, 0)), ("2 to 3", (0, 1)), ("4 to 5", (1, 2)), ("6 to 7", (1, 3))]
+    assert "training: output" not in str(found.ranks[0].phases["training"])
+    assert [("output-layer chunk" in rank.phases["training"]) for rank in found.ranks] == [False, False, True, True]
+    first, last = found.ranks[0], found.ranks[-1]
+    assert first.activations == pytest.approx(2 * last.activations)  # two micro-batches in flight, not one
+
+
+def test_a_self_teacher_costs_a_copy_or_nothing(recipe: Path) -> None:
+    own = ("teacher.model=null", "teacher.source=")
+    sizes = {
+        source: planned(recipe, own[0], own[1] + source).ranks[0].stays.get("teacher, copy of the student", 0)
+        for source in ("current", "frozen", "ema")
+    }
+    assert sizes == {"current": 0, "frozen": 2 * 1_720_574_976, "ema": 6 * 1_720_574_976}
+
+
+def test_the_output_layer_takes_chunks_and_no_more_for_more_tokens(recipe: Path) -> None:
+    def loss(*words: str) -> float:
+        return planned(recipe, *words).ranks[0].phases["training"]["output-layer chunk"]
+
+    one = loss()
+    assert one == pytest.approx(1.08 * 256 * 151_936 * (2 * 4 + 2))  # both models' logits, and the gradient in bf16
+    assert loss("train.micro_batch_tokens=8192") == one
+    assert loss("train.loss_chunk_tokens=512") == 2 * one
+    halves = loss("student.tensor_model_parallel_size=2")  # one buffer more, each half as large
+    assert halves == pytest.approx(1.08 * 256 * 151_936 / 2 * (3 * 4 + 2))
+
+
+def test_messages_by_hand(recipe: Path) -> None:
+    found = planned(recipe, "student.tensor_model_parallel_size=2", "train.processes=16", gpus_per_node=8)
+    replicas, parameters = 8, found.setting.student.shape.stage(found.setting.student.spread, 0).total
+    assert sent(found, "replicas: gradients, scattered") == pytest.approx(7 / 8 * 4 * parameters)
+    assert sent(found, "replicas: weights, gathered") == pytest.approx(7 / 8 * 2 * parameters)
+    positions = 64 * 2048 / replicas
+    # two reductions forward and two backward in each of 28 layers, each 2 (n - 1) / n of the row
+    assert sent(found, "student: tensor-parallel layers") == pytest.approx(28 * 4 * positions * 2048 * 2)
+    assert sent(found, "gradient of the hidden states") == pytest.approx(64 * 1024 / replicas * 2048 * 2)
+    links = {flow.what: flow.link for flow in found.flows}
+    assert links["student: tensor-parallel layers"] == "NVLink"
+    assert links["replicas: gradients, scattered"] == "network"
+
+
+def test_a_ring_uses_the_ports_of_all_its_ranks_on_a_node() -> None:
+    cluster = Cluster(GPUS["h100"], 2, 8, Assumptions(network_efficiency=1.0, call_seconds=1e-12, hop_seconds=1e-12))
+    one_rank_each, all_ranks = cluster.seconds_of(2, 8, 50e9, 1, 1), cluster.seconds_of(16, 1, 50e9, 1, 1)
+    assert one_rank_each == ("network", pytest.approx(1.0))
+    assert all_ranks == ("network", pytest.approx(50e9 / (450e9 * 0.75)))  # eight ports are faster than NVLink
+    assert cluster.seconds_of(8, 1, 50e9, 1, 1)[0] == "NVLink"
+
+
+def test_arithmetic_of_a_step(recipe: Path) -> None:
+    found = planned(recipe, assumptions=Assumptions(train_efficiency=1.0, loss_efficiency=1.0, call_seconds=1e-12))
+    shape = found.setting.student.shape
+    layers = 28 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128)
+    assert shape.active == layers
+    products = 6 * 64 * 2048 * layers + 6 * 64 * 2048 * 28 * 2048 * 2048
+    assert found.times.parts["train"] - found.times.parts["loss"] == pytest.approx(products / 8 / 989e12)
+    loss = 2 * 64 * 1024 * 151_936 * (3 * 2048 + 4096) / 8 / 989e12
+    assert found.times.parts["loss"] > loss
+    assert found.times.parts["loss"] == pytest.approx(loss, rel=0.6)  # and reading the logits
+
+
+def test_writing_ahead_hides_the_shorter_of_the_two(recipe: Path) -> None:
+    ahead = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1,http://b:1", "rollout.servers.transport=nccl")
+    without, with_it = planned(recipe, *ahead), planned(recipe, *ahead, "rollout.staleness=1")
+    parts = with_it.times.parts
+    rest = parts["exchange"] + parts["score"] + parts["train"] + parts["update"]
+    assert without.times.step - with_it.times.step == pytest.approx(min(parts["write"], rest))
+    assert (without.setting.gpus, without.setting.nodes) == (10, 2)
+
+
+def test_a_recipe_that_does_not_fit_gets_the_smallest_change(recipe: Path) -> None:
+    words = ("student.model=models/Qwen3-8B", "teacher.model=models/Qwen3-32B", "rollout.batch_size=8")
+    config = read_recipe(recipe, words)
+    found = plan(make_setting(config, Options()))
+    assert len(found.problems) == 1
+    assert re.match(r"ranks 0 to 7 need [\d.]+ GiB while training, and the h100 has 79.6", found.problems[0])
+    change = suggestion(config, Options())
+    assert change is not None
+    assert not change.plan.problems
+    better = plan(make_setting(read_recipe(recipe, (*words, *change.words)), Options()))
+    assert not better.problems
+
+
+def test_where_nothing_helps_nothing_is_suggested(recipe: Path) -> None:
+    words = ("rollout.batch_size=100000", "rollout.max_new_tokens=30000", "train.prompts_per_step=30000")
+    assert suggestion(read_recipe(recipe, words), Options()) is None
+
+
+def test_a_sweep_prints_layouts_that_fit_fastest_first(recipe: Path) -> None:
+    config = read_recipe(recipe, ())
+    best = sweep(config, Options(), 4)
+    steps = [one.plan.times.step for one in best]
+    assert len(best) == 4
+    assert steps == sorted(steps)
+    assert not any(one.plan.problems for one in best)
+    assert steps[0] <= plan(make_setting(config, Options())).times.step
+
+
+def test_experts_lie_whole_on_their_ranks(recipe: Path) -> None:
+    words = ["student.model=models/Qwen3-30B-A3B", "teacher.model=models/Qwen3-32B", "rollout.batch_size=1"]
+    words += ["teacher.tensor_model_parallel_size=8", "rollout.engine=vllm", "rollout.servers.transport=nccl"]
+    words += ["rollout.servers.urls=http://a:1", "rollout.servers.tensor_parallel_size=8", "train.processes=32"]
+    spread = planned(recipe, *words, "student.expert_model_parallel_size=8")
+    experts = 48 * 128 * 3 * 2048 * 768
+    dense = 30_532_122_624 - experts
+    stays = spread.ranks[0].stays
+    assert stays["student, weights"] == 2 * (dense + experts // 8)
+    assert stays["student, optimizer"] == pytest.approx(12 * (dense / 32 + experts / 8 / 4))
+    assert sent(spread, "tokens to experts and back") > 0
+    whole = planned(recipe, *words)
+    assert whole.problems
+    assert sent(whole, "tokens to experts and back") == 0
+
+
+def test_a_server_without_room_for_its_weights_is_a_problem(recipe: Path) -> None:
+    words = ("teacher.engine=vllm", "teacher.model=models/Qwen3-235B-A22B", "teacher.servers.urls=http://a:1",
+             "teacher.servers.tensor_parallel_size=4", "loss=policy_gradient")  # fmt: skip
+    (problem,) = planned(recipe, *words).problems
+    assert problem.startswith("teacher.servers: weights take 109.5 GiB of the 71.7 GiB that a server has of each GPU")
+    assert not planned(recipe, *words, "teacher.servers.tensor_parallel_size=8").problems
+
+
+def test_servers_of_the_runs_own_need_gpus_beside_it(recipe: Path) -> None:
+    words = ("rollout.engine=vllm", "rollout.servers.count=2", "rollout.servers.transport=nccl")
+    (problem,) = planned(recipe, *words).problems
+    assert problem == "the first node has 8 GPUs, and 8 processes and servers on 2 more want to stand on it"
+    assert not planned(recipe, *words, "train.processes=4").problems
+    assert planned(recipe, *words, nodes=1).setting.processes == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (("student.tensor_model_parallel_size=3",), {}, "student.tensor_model_parallel_size.*: got 3"),
+        (("teacher.tensor_model_parallel_size=5",), {}, "teacher.tensor_model_parallel_size.*: got 5"),
+        (("student.model=models/Qwen4",), {}, "student.model.*: got no folder models/Qwen4; expected a model"),
+        (("student.pipeline_model_parallel_size=4", "teacher.pipeline_model_parallel_size=12"), {},
+         "train.processes: got 8 processes; expected a multiple of 12, by the layouts of student and teachers"),
+        (("data.max_prompt_tokens=40000",), {}, "together at most the 40960 positions of the student"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(
+    recipe: Path, words: tuple[str, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(recipe, *words, **options)
+
+
+@pytest.mark.parametrize("word", ["train_efficiency=much", "speed=2", "slack=0", "slack"])
+def test_an_assumption_has_a_name_and_a_number(word: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--assume: got {word}; expected NAME=NUMBER")):
+        Assumptions().with_words([word])
+    assert Assumptions().with_words(["slack=1.5"]).slack == 1.5
+
+
+def test_the_command_prints_all_and_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--arithmetic"]) == 0
+    text = capsys.readouterr().out
+    for words in ("memory of a GPU, GiB of 79.6", "student, weights", "messages of a step", "seconds of a step",
+                  "fits: at most", "computed again in backward"):  # fmt: skip
+        assert words in text
+    assert main(["plan", str(recipe), "--arithmetic", "--gpu", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is True
+    assert found["gpu"]["name"] == "h200"
+    assert found["ranks"][0]["stays"]["student, weights"] == 2 * 1_720_574_976
+    assert found["ranks"][0]["peak"]["bytes"] < 140 * GIB
+    assert main(["plan", str(recipe), "--arithmetic", "rollout.batch_size=4000", "train.prompts_per_step=1000"]) == 1
+    assert "does not fit: ranks 0 to 7 need" in capsys.readouterr().out
+
+
+def test_a_wrong_recipe_is_refused_in_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "student.model=models/GPT-2"]) == 2
+    assert capsys.readouterr().err.startswith("error: student.model: got no folder models/GPT-2; expected a model")
