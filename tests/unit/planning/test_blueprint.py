@@ -28,7 +28,12 @@ class Case:
 
     @property
     def layout(self) -> LayoutConfig:
-        return LayoutConfig(self.tp, self.pp, self.tp > 1, self.ep)
+        return LayoutConfig(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            sequence_parallel=self.tp > 1,
+            expert_model_parallel_size=self.ep,
+        )
 
     @property
     def spread(self) -> Spread:
