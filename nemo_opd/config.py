@@ -71,8 +71,7 @@ class LayoutConfig:
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
     expert_model_parallel_size: int = 1
-    """Ranks that share the experts of a layer, each of which holds some of them whole. Of mixtures of experts, which
-    `nemo-opd plan` plans and no engine trains yet."""
+    """Of a mixture of experts: so many ranks of a pipeline stage share out the experts of each layer."""
     fp8: FP8Config = field(default_factory=FP8Config)
 
 

@@ -76,7 +76,7 @@ def pack(
             found, advantage = [scores.get(keys[i]) for i in chosen], [advantages[i] for i in chosen]
             row = _row([rollouts[i] for i in chosen], found, advantage, tuple(keys[i] for i in chosen), seed)
             rows.append(replace(row, teacher=teacher))
-    return tuple(rows) or (_empty_row(),)
+    return tuple(rows) or (empty_row(),)
 
 
 def _row(
@@ -176,7 +176,7 @@ def with_payload(tokens: TokenBatch, needs: TeacherNeeds, hidden: Tensor | None)
     )
 
 
-def _empty_row() -> PackedRow:
+def empty_row() -> PackedRow:
     """One position, nothing to train on: the replica still runs forward and backward with the others."""
     return PackedRow(
         input_ids=torch.zeros(1, dtype=torch.int64),

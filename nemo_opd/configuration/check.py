@@ -81,7 +81,10 @@ def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> i
     key, processes = ("WORLD_SIZE", launched) if launched else ("train.processes", config.train.processes or smallest)
     if processes % smallest:
         layouts = " and ".join(f"{size} of the {who}" for who, size in sizes.items())
-        expected = f"a multiple of {smallest} (tensor x pipeline parallel: {layouts})"
+        sections = (config.student, *config.every_teacher().values())
+        spread = any(section.expert_model_parallel_size > 1 for section in sections)
+        parallel = "tensor, expert and pipeline parallel" if spread else "tensor x pipeline parallel"
+        expected = f"a multiple of {smallest} ({parallel}: {layouts})"
         raise ConfigError(key, processes, expected, "change the number of processes or the layouts")
     return processes
 
@@ -100,8 +103,12 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int | Non
 
 
 def model_parallel_size(layout: LayoutConfig) -> int:
-    """Processes that hold one copy of the model."""
-    return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    """Processes that hold one copy of the model; of a mixture of experts the least that its layout fits.
+
+    A stage's ranks are shared out twice: for attention by tensor parallelism, for experts by expert parallelism.
+    """
+    stage = math.lcm(layout.tensor_model_parallel_size, layout.expert_model_parallel_size)
+    return stage * layout.pipeline_model_parallel_size
 
 
 def _choices(config: Config) -> None:

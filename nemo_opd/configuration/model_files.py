@@ -10,8 +10,14 @@ from typing import Any
 from nemo_opd.errors import ConfigError
 from nemo_opd.foreign import names_code
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
-"""Dense models that can be converted between Hugging Face and Megatron."""
+SUPPORTED_ARCHITECTURES = (
+    "Qwen3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Models that can be converted between Hugging Face and Megatron."""
 
 _WINDOW = 4096
 """Sliding window of a Mistral whose config.json leaves it out; null says that there is none."""
@@ -28,6 +34,7 @@ class ModelSizes:
     attention_heads: int
     key_value_heads: int
     feed_forward: int
+    """Width; of a mixture of experts that of one expert."""
     vocabulary: int
     positions: int | None
     """Longest sequence that the model was made for, and no longer than a Mistral's sliding window: so far the engines
@@ -59,6 +66,7 @@ def sizes_of(key: str, where: str, values: dict[str, Any], *, convertible: bool)
         expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         raise ConfigError(key, f"a model of architecture {architecture}", expected, "choose a model of these families")
     hidden, heads = (_count(key, where, values, name) for name in ("hidden_size", "num_attention_heads"))
+    mixture = architecture == "Qwen3MoeForCausalLM"
     return ModelSizes(
         architecture=architecture,
         layers=_count(key, where, values, "num_hidden_layers"),
@@ -66,10 +74,10 @@ def sizes_of(key: str, where: str, values: dict[str, Any], *, convertible: bool)
         head_dim=values.get("head_dim") or hidden // heads,
         attention_heads=heads,
         key_value_heads=_count(key, where, values, "num_key_value_heads", "num_attention_heads"),
-        feed_forward=_count(key, where, values, "intermediate_size"),
+        feed_forward=_count(key, where, values, "moe_intermediate_size" if mixture else "intermediate_size"),
         vocabulary=_count(key, where, values, "vocab_size"),
         positions=_positions(architecture, values),
-        experts=values.get("num_experts") or 0,
+        experts=_count(key, where, values, "num_experts", "num_local_experts") if mixture else 0,
     )
 
 

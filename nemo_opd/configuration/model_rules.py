@@ -66,15 +66,13 @@ def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
     """Do the model's sizes divide? Key-value heads may be fewer than ranks: Megatron then cuts them."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     groups = model.key_value_heads
-    fitting = [
-        size
-        for size in _divisors(math.gcd(model.attention_heads, model.feed_forward))
-        if groups % size == 0 or size % groups == 0
-    ]
+    cut = model.attention_heads if model.experts else math.gcd(model.attention_heads, model.feed_forward)
+    fitting = [size for size in _divisors(cut) if groups % size == 0 or size % groups == 0]
     if tensor not in fitting:
+        width = "" if model.experts else f" and a feed-forward width of {model.feed_forward}"
         expected = (
-            f"{_alternatives(fitting)} ({model.attention_heads} attention heads and a feed-forward width of "
-            f"{model.feed_forward} divide by these, and {groups} key-value heads divide by them or divide them)"
+            f"{_alternatives(fitting)} ({model.attention_heads} attention heads{width} divide by these, and {groups} "
+            "key-value heads divide by them or divide them)"
         )
         raise ConfigError(f"{who}.tensor_model_parallel_size", tensor, expected, "set it to one of these")
     if model.layers % pipeline:
@@ -94,6 +92,9 @@ def _experts(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
     if model.experts % over:
         expected = f"a divisor of the {model.experts} experts of a layer"
         raise ConfigError(f"{who}.expert_model_parallel_size", over, expected, "change it")
+    if model.experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        expected = "true for a mixture of experts under tensor parallelism, whose ranks would each route every token"
+        raise ConfigError(f"{who}.sequence_parallel", False, expected, "set it to true")
 
 
 def _vocabulary(config: Config, model: ModelSizes) -> None:

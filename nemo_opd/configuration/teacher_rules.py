@@ -41,11 +41,11 @@ def _one(config: Config, key: str, teacher: TeacherConfig) -> None:
         raise ConfigError(f"{key}.model", "nothing", "a model folder", way_out)
     if teacher.engine in ("hf", "vllm"):
         why = "1, as the hf engine does not split" if teacher.engine == "hf" else "1, as it is on servers of its own"
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
             if (got := attrgetter(name)(teacher)) > 1:
-                way_out = f"set both sizes to 1, or {key}.engine=megatron"
+                way_out = f"set all sizes to 1, or {key}.engine=megatron"
                 if teacher.engine == "vllm":
-                    way_out = f"set both sizes to 1; {key}.servers.tensor_parallel_size splits a server's model"
+                    way_out = f"set all sizes to 1; {key}.servers.tensor_parallel_size splits a server's model"
                 raise ConfigError(f"{key}.{name}", got, why, way_out)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_opd.configuration.model_files import ModelSizes, read_config, sizes_of
 from nemo_opd.errors import ConfigError
-from nemo_opd.planning.shapes import EXPERTS, ModelShape
+from nemo_opd.planning.shapes import ModelShape
 
 FOLDER = Path(__file__).parent / "models"
 TUNED = ("-Instruct", "-Base")
@@ -55,10 +55,6 @@ def model_shape(key: str, model: str) -> ModelShape:
 
 
 def read_sizes(key: str, folder: Path, *, convertible: bool) -> ModelSizes:
-    """What `configuration.model_files.read_model_sizes` reads, of models that need not be here.
-
-    Mixtures of experts pass although no engine trains them yet: they can be planned.
-    """
+    """What `configuration.model_files.read_model_sizes` reads, of models that need not be here."""
     values, where = model_values(key, str(folder))
-    planned = (values.get("architectures") or ["none"])[0] in EXPERTS
-    return sizes_of(key, where, values, convertible=convertible and not planned)
+    return sizes_of(key, where, values, convertible=convertible)

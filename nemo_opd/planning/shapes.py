@@ -101,7 +101,7 @@ class ModelShape:
         architecture = (values.get("architectures") or ["none"])[0]
         dense = EXPERTS.get(architecture, architecture)
         if dense not in DENSE:
-            expected = f"one of {', '.join([*SUPPORTED_ARCHITECTURES, *EXPERTS])}"
+            expected = f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
             raise ConfigError(key, f"a model of architecture {architecture} ({where})", expected, _WAY_OUT)
         if values.get("mlp_only_layers") or values.get("decoder_sparse_step", 1) != 1:
             expected = "experts in every layer"

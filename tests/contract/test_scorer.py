@@ -26,6 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "student": tiny_checkpoint(root / "student", "llama", vocab_size=90, num_hidden_layers=2),
         "qwen3": tiny_checkpoint(root / "qwen3", "qwen3", vocab_size=90, seed=1),
         "wide": tiny_checkpoint(root / "wide", "qwen3", vocab_size=101, seed=2, head_dim=32),
+        "experts": tiny_checkpoint(root / "experts", "qwen3_moe", vocab_size=90, seed=4, num_hidden_layers=2),
         "tied": tiny_checkpoint(root / "tied", "qwen2", vocab_size=90, seed=3, tie_word_embeddings=True),
     }
 
@@ -77,6 +78,13 @@ def test_ids_that_only_the_teacher_has_are_left_out(ranks2: RankPool, folders: d
     run(ranks2, "megatron", folders, "wide", consumers, **settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"teacher__tensor_model_parallel_size": 2}], ids=["dp2", "tp2"])
+def test_experts_on_two_ranks(ranks2: RankPool, folders: dict[str, Path], settings: dict[str, Any]) -> None:
+    """21 requests of which 20 are scored: one more row for one replica than for the other."""
+    settings = {**settings, "teacher__expert_model_parallel_size": 2, "teacher__sequence_parallel": bool(settings)}
+    run(ranks2, "megatron", folders, "experts", [(0,), (1,)], **settings)
+
+
 def test_hf_with_two_consumers(ranks2: RankPool, folders: dict[str, Path]) -> None:
     run(ranks2, "hf", folders, "qwen3", [(0,), (1, 0)])
 
@@ -114,6 +122,11 @@ LAYOUTS_4 = {
         {"teacher__tensor_model_parallel_size": 2, "teacher__pipeline_model_parallel_size": 2},
         [(3,), (0, 1, 2)],
         "tied",
+    ),
+    "pp2 x dp2, experts": (
+        {"teacher__pipeline_model_parallel_size": 2, "teacher__expert_model_parallel_size": 2},
+        [(0,), (1,), (2,), (3,)],
+        "experts",
     ),
     "pp2 x dp2": ({"teacher__pipeline_model_parallel_size": 2}, [(0,), (1,), (2,), (3,)], "qwen3"),
 }

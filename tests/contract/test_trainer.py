@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("trainer")
     return {
         "qwen3": tiny_checkpoint(root / "qwen3", "qwen3", vocab_size=VOCAB, num_hidden_layers=2),
+        "experts": tiny_checkpoint(root / "experts", "qwen3_moe", vocab_size=VOCAB, num_hidden_layers=2),
         "tied": tiny_checkpoint(root / "tied", "qwen2", vocab_size=VOCAB, tie_word_embeddings=True),
     }
 
@@ -40,8 +41,22 @@ def test_trains_and_exports(ranks2: RankPool, folders: dict[str, Path], layout: 
     assert first == second, "statistics are equal on every rank"
 
 
+EP2: dict[str, Any] = {"student__expert_model_parallel_size": 2}
+SPLIT_ROWS: dict[str, Any] = {**TP2, "student__sequence_parallel": True}
+
+
+@pytest.mark.parametrize("layout", [EP2, SPLIT_ROWS], ids=["ep2", "tp2"])
+def test_trains_and_exports_experts(ranks2: RankPool, folders: dict[str, Path], layout: dict[str, Any]) -> None:
+    first, second = ranks2.run(steps_and_export, recipe(folders["experts"], **layout), folders["experts"])
+    assert first == second, "statistics are equal on every rank"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [TP2, {**PP2, "student__model": "tied"}, {}], ids=["tp2", "pp2, tied", "dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP2, {**PP2, "student__model": "tied"}, {}, {**EP2, "student__model": "experts"}],
+    ids=["tp2", "pp2, tied", "dp2", "ep2"],
+)
 def test_resumes_bit_for_bit(
     ranks2: RankPool, folders: dict[str, Path], tmp_path: Path, layout: dict[str, Any], dtype: str
 ) -> None:
@@ -56,6 +71,14 @@ def test_resumes_in_another_layout(
     ranks2: RankPool, folders: dict[str, Path], tmp_path: Path, layouts: tuple[Any, Any], student: str
 ) -> None:
     saved, loaded = (recipe(folders[student], optimizer__clip_grad=0.0, **layout) for layout in layouts)
+    assert max(ranks2.run(resumes, saved, loaded, tmp_path / "checkpoint")) < 1e-4
+
+
+@pytest.mark.parametrize("layouts", [(EP2, SPLIT_ROWS), (PP2, EP2)], ids=["ep2 tp2", "pp2 ep2"])
+def test_experts_resume_in_another_layout(
+    ranks2: RankPool, folders: dict[str, Path], tmp_path: Path, layouts: tuple[Any, Any]
+) -> None:
+    saved, loaded = (recipe(folders["experts"], optimizer__clip_grad=0.0, **layout) for layout in layouts)
     assert max(ranks2.run(resumes, saved, loaded, tmp_path / "checkpoint")) < 1e-4
 
 
@@ -98,9 +121,17 @@ def test_learning_rate_warms_up_and_decays_to_its_end(ranks1: RankPool, folders:
     [
         ({"optimizer__distributed": True}, ["optimizer.distributed", "Transformer Engine"]),
         ({"student__tensor_model_parallel_size": 3}, ["student.tensor_model_parallel_size", "divides"]),
+        ({"student__expert_model_parallel_size": 3}, ["student.expert_model_parallel_size", "divisor"]),
+        ({"student__expert_model_parallel_size": 2}, ["student.expert_model_parallel_size", "dense"]),
         ({"student__dtype": "float8"}, ["student.dtype", "bfloat16"]),
     ],
-    ids=["an optimizer that could not be resumed", "a layout that does not divide the processes", "dtype"],
+    ids=[
+        "an optimizer that could not be resumed",
+        "a layout that does not divide the processes",
+        "experts that are not spread evenly",
+        "experts of a dense model",
+        "dtype",
+    ],
 )
 def test_what_is_refused(
     ranks2: RankPool, folders: dict[str, Path], settings: dict[str, Any], words: list[str]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "qwen3_moe")
 
 
 def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
@@ -15,9 +15,15 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
 
     `overrides` are fields of that configuration: ``tie_word_embeddings=True``, ``vocab_size=101``, ...
     """
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-    classes = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
+    classes = {
+        "qwen3": Qwen3Config,
+        "qwen2": Qwen2Config,
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+    }
     fields: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -34,6 +40,9 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Any:
     }
     if family == "qwen3":
         fields["head_dim"] = 16  # wider than hidden / heads, as in the small Qwen3 models
+    if family == "qwen3_moe":
+        fields |= {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        fields |= {"norm_topk_prob": True}
     if family == "mistral":
         fields["head_dim"] = None  # transformers' default is a number, whatever hidden and heads
     return classes[family](**(fields | overrides))
@@ -46,6 +55,8 @@ def tiny_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        if family == "qwen3_moe":
+            model.set_experts_implementation("eager")  # transformers' faster one knows no float64
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -31,9 +31,18 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral", "sliding_window": 192},
     "llama3-tied": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe, part of a softmax": {
+        **{"family": "qwen3_moe", "norm_topk_prob": False, "num_experts": 8, "num_experts_per_tok": 3},
+        "tie_word_embeddings": True,
+    },
+}
 VOCAB = 97  # padded to 100 for every tensor-parallel size below, by a padding multiple of 4, 2 and 1
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 """(tensor, pipeline) parallel sizes"""
+MIXTURE_LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 1, 2), (1, 1, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)]
+"""(tensor, pipeline, data, expert) parallel sizes; experts are shared out among tensor and data parallel ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("checkpoints")
-    for number, (name, case) in enumerate(CASES.items()):
+    for number, (name, case) in enumerate({**CASES, **MIXTURES}.items()):
         folder = tiny_checkpoint(root / name, vocab_size=VOCAB, seed=number, **case)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         if number % 2:
@@ -76,6 +85,45 @@ def test_logits_equal_transformers_and_the_export_equals_the_source(
         assert expected.std() > 0.2, "logits so flat that anything would agree"
         torch.testing.assert_close(torch.from_numpy(answer), expected, atol=1e-4, rtol=1e-4)
     _assert_same_folder(source, exported)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout", "own"),
+    [
+        *(("qwen3-moe", layout, False) for layout in MIXTURE_LAYOUTS),
+        *(("qwen3-moe", layout, True) for layout in MIXTURE_LAYOUTS if layout[3] > 1),
+        *(("qwen3-moe, part of a softmax", layout, False) for layout in MIXTURE_LAYOUTS[:4:3]),
+    ],
+)
+def test_a_mixture_of_experts_on_every_layout(
+    request: pytest.FixtureRequest,
+    checkpoints: Path,
+    tmp_path: Path,
+    case: str,
+    layout: tuple[int, int, int, int],
+    own: bool,
+) -> None:
+    """With groups of the student's, and with a teacher's own beside a student without expert parallelism."""
+    tp, pp, dp, ep = layout
+    source, exported = checkpoints / case, tmp_path / "exported"
+    answers = _pool(request, tp * dp, pp).run(_parity, str(source), str(exported), tp, pp, "float32", own, dp, ep)
+    expected = torch.load(checkpoints / f"{case}.logits.pt")
+    logits = [answer for answer in answers if answer is not None]
+    assert len(logits) == tp * dp
+    for answer in logits:
+        assert expected.std() > 0.2, "logits so flat that anything would agree"
+        torch.testing.assert_close(torch.from_numpy(answer), expected, atol=1e-4, rtol=1e-4)
+    _assert_same_folder(source, exported)
+
+
+def test_the_tolerance_is_fine_enough_to_see_which_experts_count_how_much() -> None:
+    """Another number of experts for a token, or weights that do not sum to 1, move logits by more than that."""
+    logits = []
+    for change in ({}, {"num_experts_per_tok": 3}, {"norm_topk_prob": False}):
+        with torch.no_grad():
+            logits.append(tiny_model("qwen3_moe", vocab_size=VOCAB, **change)(input_ids=_input_ids()).logits)
+    for other in logits[1:]:
+        assert (logits[0] - other).abs().max() > 1e-3
 
 
 def test_the_tolerance_is_fine_enough_to_see_rope_scaling() -> None:
@@ -135,7 +183,17 @@ def _assert_same_folder(source: Path, exported: Path) -> None:
             assert filecmp.cmp(source / name, exported / name, shallow=False), name
 
 
-def _parity(rank: int, source: str, exported: str, tp: int, pp: int, dtype: str = "float32", own: bool = False) -> Any:
+def _parity(
+    rank: int,
+    source: str,
+    exported: str,
+    tp: int,
+    pp: int,
+    dtype: str = "float32",
+    own: bool = False,
+    dp: int = 1,
+    ep: int = 1,
+) -> Any:
     """On every rank: load, forward, export. The last stage returns its logits as a numpy array.
 
     With `own` the model is a teacher with groups of its own, while Megatron's global state holds another layout.
@@ -146,14 +204,14 @@ def _parity(rank: int, source: str, exported: str, tp: int, pp: int, dtype: str 
     from nemo_opd.engines.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
 
     cpu.install()
-    layout = parallel.Layout(tp, pp, 1, rank)
-    student = parallel.Layout(pp, tp, 1, rank) if own else layout
+    layout = parallel.Layout(tp, pp, dp, rank, ep)
+    student = parallel.Layout(pp, tp, dp, rank) if own else layout
     parallel.destroy_student_groups()  # of an earlier test in this process
     groups = parallel.student_groups(student, seed=0)
     try:
         if own:
             groups = parallel.teacher_groups(layout)
-        config = LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        config = LayoutConfig(sequence_parallel="moe" in source)
         model, architecture = build_model(source, config, layout, groups, getattr(torch, dtype), "student", 4 // tp)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -176,7 +234,8 @@ def _forward(model: Any, groups: Any) -> Any:
     inputs = model.inputs(ids.flatten(), torch.arange(0, ids.numel() + 1, length, dtype=torch.int32))
     with cpu.megatron_device(), torch.no_grad():
         if stage > 0:
-            hidden = torch.empty(ids.numel(), 1, model.config.hidden_size)
+            ranks = groups.tp.size() if model.config.sequence_parallel else 1
+            hidden = torch.empty(ids.numel() // ranks, 1, model.config.hidden_size)
             dist.recv(hidden, group=groups.pp, group_src=stage - 1)
             model.set_input_tensor(hidden)
         output = model.eval()(inputs)

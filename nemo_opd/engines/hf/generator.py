@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from nemo_opd.engines.generation import check_generate_request, context_of, is_over, nothing_drawn, rollout_of
 from nemo_opd.engines.hf.decode import DecodeBatch
-from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model, longest_sequence
+from nemo_opd.engines.hf.model import check_dense, eos_ids_of, load_model, longest_sequence, named_weights
 from nemo_opd.engines.hf.reader import CachedModel, Reader
 from nemo_opd.engines.hf.slots import ATTENTION
 from nemo_opd.refit.manifest import WeightCheck
@@ -167,8 +167,8 @@ class HFGenerator:
             raise RuntimeError("generator: got load_weights after close; make a new one")
         if version <= self.version:
             raise ValueError(f"policy version: got {version} after {self.version}; expected a larger one")
-        own = dict(model.named_parameters(remove_duplicate=False))
-        tied = set(own) - {name for name, _ in model.named_parameters()}
+        own = named_weights(model)
+        tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
         check = WeightCheck({name: tuple(p.shape) for name, p in own.items()}, optional=tied)
         self._refusal = f"the load of policy version {version} did not complete"
         written: set[int] = set()

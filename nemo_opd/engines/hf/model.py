@@ -1,10 +1,11 @@
-"""Loading of a dense decoder in Hugging Face format, for the generator and the reference scorer."""
+"""Loading of a decoder in Hugging Face format, for the generator and the reference scorer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nemo_opd.foreign import refuse_code
@@ -12,7 +13,7 @@ from nemo_opd.foreign import refuse_code
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """Values of `model_type` whose logits are the output layer times the last hidden state, with nothing in between."""
 
 
@@ -21,7 +22,7 @@ def check_dense(config: PreTrainedConfig, source: object = "model") -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config.model_type not in SUPPORTED or kinds != {"full_attention"}:
         raise ValueError(
-            f"{source}: got model_type {config.model_type} with layers {sorted(kinds)}; expected a dense decoder with "
+            f"{source}: got model_type {config.model_type} with layers {sorted(kinds)}; expected a decoder with "
             f"full attention in every layer, model_type one of {', '.join(SUPPORTED)}; choose such a model"
         )
 
@@ -32,6 +33,24 @@ def longest_sequence(config: PreTrainedConfig) -> int:
     window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     positions: int = config.max_position_embeddings
     return positions if window is None else min(positions, window)
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every weight under the name that it has in a folder; a tied one under both of its names.
+
+    In memory transformers keeps the experts of a layer in two tensors; a folder has three for each expert.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        prefix, _, last = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            weights[name] = parameter
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for number, expert in enumerate(parameter.detach()):
+            for part, piece in zip(parts, expert.chunk(len(parts)), strict=True):
+                weights[f"{prefix}.{number}.{part}.weight"] = piece
+    return weights
 
 
 def default_device() -> torch.device:
@@ -74,6 +93,8 @@ def load_model(
     else:
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if dtype == torch.float64 and config.model_type == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the faster one knows no float64
     return model.eval().requires_grad_(False)
 
 

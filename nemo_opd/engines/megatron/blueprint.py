@@ -7,19 +7,16 @@ Only for a process of its own: it must not belong to a process group yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -32,13 +29,11 @@ from nemo_opd.engines.megatron.model import (
     dtype_of,
     empty_model,
     transformer_config,
-    use_local_kernels,
 )
 from nemo_opd.engines.megatron.parallel import Layout
 from nemo_opd.engines.megatron.trainer import data_parallel
 
 _META = torch.device("meta")
-_EXPERT_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def blueprints(
     """Every distinct rank of a model: one of each pipeline stage, since the others of a stage hold equal shapes.
 
     Args:
-        values: the model's config.json, found at `where`. Experts are built as Qwen3's, each whole on its rank.
+        values: the model's config.json, found at `where`. Experts are whole, each on its rank.
         distributed: whether the gradient buffers are those of the distributed optimizer.
 
     Raises:
@@ -83,8 +78,8 @@ def blueprints(
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     dp = world_size // (tp * pp)
     for stage in range(pp):
-        layout = Layout(tp, pp, dp, rank=stage * tp * dp)
-        with _fake_rank(layout, config.expert_model_parallel_size), _OnMeta(), _META:
+        layout = Layout(tp, pp, dp, stage * tp * dp, config.expert_model_parallel_size)
+        with _fake_rank(layout), _OnMeta(), _META:
             model = _model(values, where, config, layout, dtype, vocab_padding_multiple)
             gradients = _gradient_bytes(model, distributed, dtype) if trained else 0
         yield _blueprint(layout, model, gradients)
@@ -106,7 +101,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _fake_rank(layout: Layout, experts_over: int) -> Iterator[None]:
+def _fake_rank(layout: Layout) -> Iterator[None]:
     """This process as one rank of the layout; every collective does nothing."""
     world = layout.tp * layout.pp * layout.dp
     dist.init_process_group("fake", store=FakeStore(), rank=layout.rank, world_size=world)
@@ -114,7 +109,7 @@ def _fake_rank(layout: Layout, experts_over: int) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
-            expert_model_parallel_size=experts_over,
+            expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
@@ -134,36 +129,11 @@ def _model(
     dtype: str,
     vocab_padding_multiple: int,
 ) -> HiddenStateModel:
-    experts = [values.get(key) or 0 for key in _EXPERT_KEYS]
-    if experts[0]:  # what remains without them is a dense model, which the families know
-        values = {**values, "architectures": ["Qwen3ForCausalLM"]}
     architecture = architecture_of(values, where)
     megatron = transformer_config(architecture, config, layout, dtype_of(dtype, "dtype"))
     spec = block_spec(architecture, megatron, layout)
-    if experts[0]:
-        megatron, spec = _with_experts(megatron, spec, experts, config.expert_model_parallel_size)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return empty_model(architecture, megatron, spec, layout, groups, vocab_padding_multiple)
-
-
-def _with_experts(
-    megatron: TransformerConfig, spec: TransformerBlockSubmodules, sizes: Sequence[int], over: int
-) -> tuple[TransformerConfig, TransformerBlockSubmodules]:
-    """The same layers with experts in the place of their MLP; `sizes` as in `_EXPERT_KEYS`, `over` so many ranks."""
-    number, per_token, width = sizes
-    megatron = replace(
-        megatron,
-        num_moe_experts=number,
-        moe_router_topk=per_token,
-        moe_ffn_hidden_size=width,
-        moe_router_load_balancing_type="none",
-        expert_model_parallel_size=over,
-        expert_tensor_parallel_size=1,
-    )
-    layer = get_gpt_layer_local_spec(num_experts=number, qk_layernorm=True, normalization="RMSNorm")
-    use_local_kernels(layer.submodules, qk_norm=True)
-    count = len(spec.layer_specs or [])
-    return megatron, TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=spec.layer_norm)
 
 
 def _gradient_bytes(model: HiddenStateModel, distributed: bool, dtype: str) -> int:

@@ -9,7 +9,7 @@ Megatron's tensor, pipeline and data parallel code is device-neutral except for 
 * `megatron_device` is entered around building, clipping and checkpointing and redirects every device and type name. It
   is a scope and not a state of the process because it costs about 1.6 microseconds per torch call.
 
-Where CUDA is available both do nothing. No arithmetic is changed by either.
+Where CUDA is available both do nothing (but for one name, see `_name_the_absent`). No arithmetic is changed by either.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class _Inert:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
+
+    def record_event(self, *_: Any) -> _Inert:
+        return self
 
     def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -83,14 +86,29 @@ class _TorchOfSchedules:
         return torch.zeros(*size, device=_CPU if _is_cuda(device) else device, **kwargs)
 
 
+def _as_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's dispatcher gets of a CUDA tensor of counts: on the CPU, as numpy where it is to be a list."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def megatron_device() -> contextlib.AbstractContextManager[Any]:
     """Scope in which all of Megatron may be called. Never hold it across a `yield`: it would reach other code."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
+def _name_the_absent() -> None:
+    """The router asks whether Transformer Engine's matrix product is there by a name that, without it, is not defined
+    (megatron-core 0.16.1)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 @functools.cache
 def install() -> None:
     """Point the functions of `torch.cuda` that Megatron uses at the CPU. Once per process; nothing where CUDA is."""
+    _name_the_absent()
     if torch.cuda.is_available():
         return
     cuda: Any = torch.cuda
@@ -111,7 +129,9 @@ def install() -> None:
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_moved
     schedules.torch = _TorchOfSchedules()
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state

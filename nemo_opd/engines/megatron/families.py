@@ -1,139 +1,36 @@
 """Which model families there are, and how each one's Hugging Face weights become Megatron parameters.
 
-A family is data: the tables below. To add one, give its architecture's name, what its attention has, and the table of
-one decoder layer; what the tables cannot say yet (an expert index for mixture-of-experts layers, a `+1` on a norm's
-weight) is one more field of `Weight`. Whatever a config.json asks for that is not represented is refused, not ignored.
+A family is data: its architecture's name, what its attention has, and the table of one decoder layer
+(`nemo_opd.engines.megatron.tables`). What the tables cannot say yet (a `+1` on a norm's weight) is one more field of
+`Weight`. Whatever a config.json asks for that is not represented is refused, not ignored.
 
 Imports neither torch nor Megatron, so that a recipe can be checked against a model's config.json at once.
 """
 
 from __future__ import annotations
 
-import enum
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_opd.engines.megatron.tables import (
+    ATTENTION,
+    EMBEDDING,
+    EXPERT,
+    FINAL_NORM,
+    GATED_MLP,
+    OUTPUT,
+    QK_NORM,
+    QKV_BIAS,
+    ROUTER,
+    HFTensor,
+    Shard,
+    Weight,
+)
 from nemo_opd.errors import ConfigError
-
-
-class Shard(enum.Enum):
-    """How tensor parallelism cuts a Megatron parameter (see `nemo_opd.engines.megatron.sharding`)."""
-
-    REPLICATED = "every rank holds all of it"
-    VOCAB = "cut along dimension 0, the vocabulary, which is padded with zero rows"
-    ROW = "cut along dimension 1, the input of a row-parallel layer"
-    QKV = "query, key and value interleaved by query group, then cut along dimension 0"
-    GATE_UP = "each rank's rows of gate, then its rows of up"
-
-
-@dataclass(frozen=True)
-class HFTensor:
-    """A tensor of the Hugging Face checkpoint; `shape` names entries of `Architecture.sizes`."""
-
-    name: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One Megatron parameter and the Hugging Face tensors that it is made of.
-
-    Example: the fused QKV projection is ``Weight("...self_attention.linear_qkv.weight", (q_proj, k_proj, v_proj),
-    Shard.QKV)``. A ``{layer}`` in names stands for the layer's number in the whole model, from 0.
-    """
-
-    megatron: str
-    """Name in a GPTModel built from the local layer spec."""
-    hf: tuple[HFTensor, ...]
-    shard: Shard = Shard.REPLICATED
-    transformer_engine: str | None = None
-    """Name in a GPTModel built from the Transformer Engine spec, where it differs: there the norm belongs to the
-    linear layer behind it."""
-    copy: bool = False
-    """A second copy of a weight that another entry exports (tied output layer on its own pipeline stage)."""
-
-    def at(self, layer: int) -> Weight:
-        """The same entry of a layer's table for layer `layer`."""
-        return replace(
-            self,
-            megatron=self.megatron.format(layer=layer),
-            transformer_engine=self.transformer_engine and self.transformer_engine.format(layer=layer),
-            hf=tuple(replace(tensor, name=tensor.name.format(layer=layer)) for tensor in self.hf),
-        )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The Megatron names under which the parameter may be found."""
-        return (self.megatron,) if self.transformer_engine is None else (self.megatron, self.transformer_engine)
-
-
-_MEGATRON_LAYER = "decoder.layers.{layer}."
-_HF_LAYER = "model.layers.{layer}."
-
-
-def _layer(
-    megatron: str, hf: Mapping[str, tuple[str, ...]], shard: Shard = Shard.REPLICATED, te: str | None = None
-) -> Weight:
-    tensors = tuple(HFTensor(_HF_LAYER + name, shape) for name, shape in hf.items())
-    return Weight(_MEGATRON_LAYER + megatron, tensors, shard, te and _MEGATRON_LAYER + te)
-
-
-_ATTENTION = (
-    _layer(
-        "input_layernorm.weight",
-        {"input_layernorm.weight": ("hidden",)},
-        te="self_attention.linear_qkv.layer_norm_weight",
-    ),
-    _layer(
-        "self_attention.linear_qkv.weight",
-        {
-            "self_attn.q_proj.weight": ("query", "hidden"),
-            "self_attn.k_proj.weight": ("key_value", "hidden"),
-            "self_attn.v_proj.weight": ("key_value", "hidden"),
-        },
-        Shard.QKV,
-    ),
-    _layer("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": ("hidden", "query")}, Shard.ROW),
-)
-
-_QKV_BIAS = (
-    _layer(
-        "self_attention.linear_qkv.bias",
-        {
-            "self_attn.q_proj.bias": ("query",),
-            "self_attn.k_proj.bias": ("key_value",),
-            "self_attn.v_proj.bias": ("key_value",),
-        },
-        Shard.QKV,
-    ),
-)
-
-_QK_NORM = (
-    _layer("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head",)}),
-    _layer("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": ("head",)}),
-)
-
-_GATED_MLP = (
-    _layer(
-        "pre_mlp_layernorm.weight",
-        {"post_attention_layernorm.weight": ("hidden",)},
-        te="mlp.linear_fc1.layer_norm_weight",
-    ),
-    _layer(
-        "mlp.linear_fc1.weight",
-        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
-        Shard.GATE_UP,
-    ),
-    _layer("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}, Shard.ROW),
-)
-
-EMBEDDING = HFTensor("model.embed_tokens.weight", ("vocab", "hidden"))
-OUTPUT = HFTensor("lm_head.weight", ("vocab", "hidden"))
-_FINAL_NORM = Weight("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", ("hidden",)),))
 
 
 @dataclass(frozen=True)
@@ -144,6 +41,8 @@ class Family:
     architecture: str
     layer: tuple[Weight, ...]
     """Table of one decoder layer, in the order in which Hugging Face names its tensors."""
+    expert: tuple[Weight, ...] = ()
+    """Table of one expert of a mixture-of-experts layer; empty: a dense model."""
     default_head_dim: int | None = None
     """What the architecture assumes when config.json does not say; None: hidden size / heads."""
     sliding_window: bool = False
@@ -151,20 +50,21 @@ class Family:
 
     @property
     def qkv_bias(self) -> bool:
-        return any(weight in self.layer for weight in _QKV_BIAS)
+        return any(weight in self.layer for weight in QKV_BIAS)
 
     @property
     def qk_norm(self) -> bool:
-        return any(weight in self.layer for weight in _QK_NORM)
+        return any(weight in self.layer for weight in QK_NORM)
 
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("Qwen3", "Qwen3ForCausalLM", _ATTENTION + _QK_NORM + _GATED_MLP, default_head_dim=128),
-        Family("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", _ATTENTION + _QKV_BIAS + _GATED_MLP),
-        Family("Llama 3", "LlamaForCausalLM", _ATTENTION + _GATED_MLP),
-        Family("Mistral", "MistralForCausalLM", _ATTENTION + _GATED_MLP, sliding_window=True),
+        Family("Qwen3", "Qwen3ForCausalLM", ATTENTION + QK_NORM + GATED_MLP, default_head_dim=128),
+        Family("Qwen2 and Qwen2.5", "Qwen2ForCausalLM", ATTENTION + QKV_BIAS + GATED_MLP),
+        Family("Llama 3", "LlamaForCausalLM", ATTENTION + GATED_MLP),
+        Family("Mistral", "MistralForCausalLM", ATTENTION + GATED_MLP, sliding_window=True),
+        Family("Qwen3-MoE", "Qwen3MoeForCausalLM", ATTENTION + QK_NORM + ROUTER, EXPERT),
     )
 }
 """The supported families by the name that config.json gives in `architectures`."""
@@ -176,6 +76,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
     "quantization_config": (),
     "auto_map": (),
 }
@@ -186,6 +88,16 @@ _MISTRAL_WINDOW = 4096
 
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """What Megatron-core's rotary embedding assumes of Llama 3's frequency scaling; only `factor` is an argument there."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in each layer."""
+
+    count: int
+    per_token: int
+    normalised: bool
+    """The weights of a token's experts sum to 1: softmax over the chosen, not a part of the softmax over all."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +120,8 @@ class Architecture:
     """Llama 3's frequency scaling; None: plain rotary embedding."""
     tied: bool
     """The output layer is the embedding."""
+    experts: Experts | None = None
+    """None: a dense model. Otherwise `ffn_hidden_size` is that of one expert."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -219,6 +133,7 @@ class Architecture:
             "query": self.num_attention_heads * self.head_dim,
             "key_value": self.num_query_groups * self.head_dim,
             "ffn": self.ffn_hidden_size,
+            "experts": self.experts.count if self.experts else 0,
         }
 
     @property
@@ -236,7 +151,10 @@ class Architecture:
         for layer in range(self.num_layers):
             for weight in self.family.layer:
                 yield weight.at(layer)
-        yield _FINAL_NORM
+            for expert in range(self.experts.count if self.experts else 0):
+                for weight in self.family.expert:
+                    yield weight.at(layer, expert)
+        yield FINAL_NORM
         yield Weight("output_layer.weight", (self.output,), Shard.VOCAB, copy=self.tied)
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
@@ -269,6 +187,16 @@ class Architecture:
             "activation_func": silu,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            **(self._expert_fields(self.experts) if self.experts else {}),
+        }
+
+    def _expert_fields(self, experts: Experts) -> dict[str, Any]:
+        return {
+            "num_moe_experts": experts.count,
+            "moe_router_topk": experts.per_token,
+            "moe_ffn_hidden_size": self.ffn_hidden_size,
+            "moe_router_pre_softmax": not experts.normalised,
+            "expert_tensor_parallel_size": 1,
         }
 
     def gpt_model_kwargs(self, tensor_model_parallel_size: int, vocab_padding_multiple: int = 1) -> dict[str, Any]:
@@ -285,21 +213,27 @@ class Architecture:
         }
 
     def check_layout(
-        self, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, key: str = "student"
+        self,
+        tensor_model_parallel_size: int,
+        pipeline_model_parallel_size: int,
+        key: str = "student",
+        expert_model_parallel_size: int = 1,
     ) -> None:
         """Refuse a layout whose sizes do not divide.
 
         Query groups may be fewer than tensor-parallel ranks if they divide them (Megatron then cuts groups).
 
         Raises:
-            ConfigError: naming ``{key}.tensor_model_parallel_size`` or ``{key}.pipeline_model_parallel_size``.
+            ConfigError: naming ``{key}.tensor_model_parallel_size``, ``{key}.pipeline_model_parallel_size`` or
+                ``{key}.expert_model_parallel_size``.
         """
         tp, pp, groups = tensor_model_parallel_size, pipeline_model_parallel_size, self.num_query_groups
         cut = {
             "attention heads": self.num_attention_heads,
-            "rows of the gate projection": self.ffn_hidden_size,
             "rows of query, key and value together": self.sizes["query"] + 2 * self.sizes["key_value"],
         }
+        if self.experts is None:
+            cut["rows of the gate projection"] = self.ffn_hidden_size
         for what, size in cut.items():
             if size % tp:
                 raise _does_not_divide(f"{key}.tensor_model_parallel_size", tp, f"the model's {size} {what}", size)
@@ -309,6 +243,10 @@ class Architecture:
         if self.num_layers % pp:
             what = f"the model's {self.num_layers} layers"
             raise _does_not_divide(f"{key}.pipeline_model_parallel_size", pp, what, self.num_layers)
+        experts, ep = self.experts.count if self.experts else 1, expert_model_parallel_size
+        if experts % ep:
+            what = f"the model's {experts} experts" if self.experts else "1, as a dense model has no experts"
+            raise _does_not_divide(f"{key}.expert_model_parallel_size", ep, what, experts)
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor_model_parallel_size: int) -> int:
@@ -373,6 +311,7 @@ def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") ->
     if heads % groups:
         raise _does_not_divide(f"{where}: num_key_value_heads", groups, f"the {heads} attention heads", heads)
     rotary_base, rope_scaling_factor = _rope(hf_config, where)
+    width = "moe_intermediate_size" if family.expert else "intermediate_size"
     return Architecture(
         family=family,
         num_layers=_positive(hf_config, "num_hidden_layers", where),
@@ -380,14 +319,27 @@ def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") ->
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=_positive(hf_config, "head_dim", where, default=family.default_head_dim or hidden // heads),
-        ffn_hidden_size=_positive(hf_config, "intermediate_size", where),
+        ffn_hidden_size=_positive(hf_config, width, where),
         vocab_size=_positive(hf_config, "vocab_size", where),
         max_position_embeddings=_positions(family, hf_config, where),
         norm_epsilon=float(hf_config.get("rms_norm_eps", 1e-6)),
         rotary_base=rotary_base,
         rope_scaling_factor=rope_scaling_factor,
         tied=bool(hf_config.get("tie_word_embeddings", False)),
+        experts=_experts(hf_config, where) if family.expert else None,
     )
+
+
+def _experts(hf_config: Mapping[str, Any], where: str) -> Experts:
+    """`num_experts` in transformers 4 is `num_local_experts` in 5."""
+    key = "num_local_experts" if "num_local_experts" in hf_config else "num_experts"
+    count, chosen = _positive(hf_config, key, where), _positive(hf_config, "num_experts_per_tok", where)
+    normalised = bool(hf_config.get("norm_topk_prob", False))
+    least = 2 if normalised else 1  # the weight of a single one would be 1 whatever the router says
+    if not least <= chosen <= count:
+        expected = f"{least} to {count}, the number of experts"
+        raise ConfigError(f"{where}: num_experts_per_tok", chosen, expected, "use another model")
+    return Experts(count, chosen, normalised)
 
 
 def _does_not_divide(key: str, got: int, what: str, size: int) -> ConfigError:

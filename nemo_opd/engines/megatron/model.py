@@ -123,7 +123,10 @@ def build_model(
     """
     fp8.require(config.fp8, key, have_transformer_engine())
     architecture = read_architecture(folder)
-    architecture.check_layout(layout.tp, layout.pp, key)
+    architecture.check_layout(layout.tp, layout.pp, key, layout.ep)
+    if architecture.experts is not None and layout.tp > 1 and not config.sequence_parallel:
+        expected = "true for a mixture of experts under tensor parallelism, whose ranks would each route every token"
+        raise ConfigError(f"{key}.sequence_parallel", False, expected, "set it")
     with cpu.megatron_device():
         megatron = transformer_config(architecture, config, layout, dtype)
         spec = block_spec(architecture, megatron, layout)
@@ -141,7 +144,7 @@ def empty_model(
     vocab_padding_multiple: int = 1,
 ) -> HiddenStateModel:
     """This rank's pipeline stage before it has weights."""
-    return HiddenStateModel(
+    model = HiddenStateModel(
         config=config,
         transformer_layer_spec=spec,
         pre_process=layout.is_first_stage,
@@ -149,11 +152,24 @@ def empty_model(
         pg_collection=groups,
         **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
     )
+    _reduce_experts_apart(model)
+    return model
 
 
 def _leave(weight: Tensor) -> None:
     """Initialise nothing: every weight is read from the checkpoint. (Megatron marks a parameter as sharded while it
     initialises it, so that switching initialisation off would break the gradient norm.)"""
+
+
+def _reduce_experts_apart(model: HiddenStateModel) -> None:
+    """Have Megatron reduce experts over all ranks that repeat them.
+
+    It does so by itself with expert parallelism only; without, it would leave out the other tensor-parallel ranks, each
+    of which saw its own part of the tokens.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def transformer_config(
@@ -165,13 +181,17 @@ def transformer_config(
         **architecture.transformer_config_fields(),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
         sequence_parallel=config.sequence_parallel and layout.tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Rows differ in length. Megatron asks for this dispatcher then, although there are no experts.
+        # Rows differ in length. Megatron asks for this dispatcher then, also where there are no experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=engine and architecture.experts is not None,
         # Losses come normalised by global token counts: Megatron must not average over micro-batches or replicas.
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -193,13 +213,16 @@ def transformer_config(
 def block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
     """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our kernels."""
     norm: Any = RMSNorm
-    qk_norm = architecture.family.qk_norm
+    qk_norm, experts = architecture.family.qk_norm, architecture.experts and architecture.experts.count
     if have_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm
+        norm = TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=qk_norm
+        )
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_norm, normalization="RMSNorm")
         use_local_kernels(layer.submodules, qk_norm)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

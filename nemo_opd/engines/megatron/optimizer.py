@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opd.config import FP8Config, OptimizerConfig
@@ -81,6 +82,14 @@ def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_
     )
 
 
+def _clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale all gradients alike. Experts have an optimizer of their own, reduced over other ranks."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+
+
 def update(optimizer: MegatronOptimizer, accepts: Callable[[float], bool] = math.isfinite) -> tuple[float, bool]:
     """Clip and update with the gradients in the model's buffers.
 
@@ -92,10 +101,9 @@ def update(optimizer: MegatronOptimizer, accepts: Callable[[float], bool] = math
     """
     with cpu.megatron_device():
         found_inf = optimizer.prepare_grads()
-        clip = optimizer.config.clip_grad
-        norm = optimizer.get_grad_norm() if clip == 0 or found_inf else optimizer.clip_grad_norm(clip)
-    norm = math.inf if found_inf else float(norm)
-    accepted = accepts(norm)
-    if accepted:
-        optimizer.step_with_ready_grads()
+        norm = math.inf if found_inf else float(optimizer.get_grad_norm())
+        accepted = accepts(norm)
+        if accepted:
+            _clip(optimizer, norm)
+            optimizer.step_with_ready_grads()
     return norm, not accepted

@@ -7,6 +7,10 @@ state. Both number their ranks alike, tensor parallel fastest, then data paralle
     rank = tp + TP * (dp + DP * pp)
 
 so that a teacher with the student's layout holds its answers where the student's loss wants them.
+
+Expert parallelism spreads the experts of a layer over ranks that attention counts as tensor or data parallel: the ranks
+of a stage in their order, expert parallel fastest. Experts are not cut by tensor parallelism (Megatron's
+``expert_tensor_parallel_size`` is 1), so they are spread over EP consecutive ranks and repeated TP x DP / EP times.
 """
 
 from __future__ import annotations
@@ -74,12 +78,13 @@ class Layout:
     pp: int
     dp: int
     rank: int
+    ep: int = 1
 
     @classmethod
     def of(cls, config: LayoutConfig, key: str) -> Layout:
         """From the configuration under `key` (student, teacher) and the default process group.
 
-        Raises ConfigError when the world is no multiple of TP x PP.
+        Raises ConfigError when the world is no multiple of TP x PP, or a stage's ranks none of EP.
         """
         tp, pp, world = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, dist.get_world_size()
         if world % (tp * pp):
@@ -89,7 +94,15 @@ class Layout:
                 "a product that divides the number of processes",
                 "start another number of processes or change the layout",
             )
-        return cls(tp, pp, world // (tp * pp), dist.get_rank())
+        ep = config.expert_model_parallel_size
+        if world // pp % ep:
+            raise ConfigError(
+                f"{key}.expert_model_parallel_size",
+                f"{ep} over {world // pp} processes of a pipeline stage",
+                "a divisor of their number",
+                "start another number of processes or change the layout",
+            )
+        return cls(tp, pp, world // (tp * pp), dist.get_rank(), ep)
 
     @property
     def tp_rank(self) -> int:
@@ -102,6 +115,15 @@ class Layout:
     @property
     def pp_rank(self) -> int:
         return self.rank // (self.tp * self.dp)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % (self.tp * self.dp) % self.ep
+
+    @property
+    def expert_replica(self) -> int:
+        """Which copy of the experts this rank holds a part of."""
+        return self.rank % (self.tp * self.dp) // self.ep
 
     @property
     def is_first_stage(self) -> bool:
@@ -138,6 +160,8 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=1,
                 create_gloo_process_groups=torch.cuda.is_available(),
                 distributed_timeout_minutes=int(_timeout.total_seconds() // 60),
             )
@@ -148,12 +172,14 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
         sizes = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
         )
-        if sizes != (layout.tp, layout.pp):
-            raise RuntimeError(f"Megatron's parallel state is TP x PP = {sizes}; expected {(layout.tp, layout.pp)}")
+        if sizes != (expected := (layout.tp, layout.pp, layout.ep)):
+            raise RuntimeError(f"Megatron's parallel state is TP x PP x EP = {sizes}; expected {expected}")
         assert parallel_state.get_tensor_model_parallel_rank() == layout.tp_rank
         assert parallel_state.get_pipeline_model_parallel_rank() == layout.pp_rank
         assert parallel_state.get_data_parallel_rank() == layout.dp_rank
+        assert parallel_state.get_expert_model_parallel_rank() == layout.ep_rank
         return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -186,22 +212,30 @@ def teacher_groups(layout: Layout) -> ProcessGroupCollection:
     groups.mp = _group(layout, "tp", "pp")
     groups.embd = _group(layout, "pp", only=(0, layout.pp - 1))
     groups.pos_embd = None
-    # One context-parallel rank and, in a dense model, one expert: these groups are dense ones or this rank alone.
-    groups.cp = groups.ep = _group(layout)
-    groups.tp_cp = groups.tp_ep = groups.expt_tp = groups.tp
-    groups.dp_cp = groups.expt_dp = groups.dp
+    # One context-parallel rank, and experts that are not cut: these groups are others or this rank alone.
+    groups.cp = groups.expt_tp = _group(layout)
+    groups.tp_cp, groups.dp_cp = groups.tp, groups.dp
     groups.tp_dp_cp = _group(layout, "tp", "dp")
-    groups.tp_ep_pp = groups.mp
+    groups.ep = groups.tp_ep = _group(layout, "ep") if layout.ep > 1 else groups.expt_tp
+    groups.expt_dp = _group(layout, "expert_replica") if layout.ep > 1 else groups.tp_dp_cp
+    groups.tp_ep_pp = _group(layout, "ep", "pp") if layout.ep > 1 else groups.pp
     return groups
 
 
 def _group(layout: Layout, *varying: str, only: tuple[int, ...] | None = None) -> dist.ProcessGroup | None:
-    """This rank's group of ranks that differ in the `varying` coordinates alone; with `only`, of these stages alone."""
+    """This rank's group of ranks that differ in the `varying` coordinates alone; with `only`, of these stages alone.
+
+    Coordinates are those of attention (tp, dp, pp) or, where `varying` names one of them, of experts (ep,
+    expert_replica, pp).
+    """
+    of_experts = {"ep", "expert_replica"} & {*varying}
     by_coordinates: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.tp * layout.dp * layout.pp):
         other = replace(layout, rank=rank)
         if only is None or other.pp_rank in only:
-            fixed = {"tp": other.tp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
+            fixed = {"ep": other.ep_rank, "expert_replica": other.expert_replica, "pp": other.pp_rank}
+            if not of_experts:
+                fixed = {"tp": other.tp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
             key = tuple(value for name, value in fixed.items() if name not in varying)
             by_coordinates.setdefault(key, []).append(rank)
     mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_timeout)

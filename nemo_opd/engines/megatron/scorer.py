@@ -136,8 +136,10 @@ class MegatronScorer:
         for members in balanced(lengths, self.layout.dp):
             packed = plan_rows([lengths[m] for m in members], self._row_tokens)
             rows.append([[scored[members[m]] for m in row] for row in packed])
-        size = _ROWS_PER_WINDOW_AND_STAGE * self.layout.pp
-        for first in range(0, max(map(len, rows)), size):
+        size, most = _ROWS_PER_WINDOW_AND_STAGE * self.layout.pp, max(map(len, rows))
+        if self.layout.ep > 1:  # replicas exchange tokens in every layer: those with fewer rows run empty ones along
+            rows = [replica + [[]] * (most - len(replica)) for replica in rows]
+        for first in range(0, most, size):
             yield [replica[first : first + size] for replica in rows]
 
     def _run_window(
@@ -189,6 +191,8 @@ class MegatronScorer:
     def _payloads(self, tokens: _RowTokens, needs: TeacherNeeds, output: Tensor, non_loss_data: bool) -> list[Payload]:
         """The row's answers, one payload per request; runs on the last stage."""
         assert non_loss_data and self._model is not None
+        if not tokens.counts:
+            return []
         hidden = self._model.last_hidden(output).index_select(0, tokens.position)
         payload = (hidden,) if needs.need is Need.FULL else self._log_probs(hidden, tokens.ids, needs)
         return list(zip(*(part.split(tokens.counts) for part in payload), strict=True))
@@ -261,8 +265,17 @@ def _forward_only(model: HiddenStateModel, layout: Layout) -> Any:
     )
 
 
+def _empty_row() -> tuple[Tensor, Tensor, _RowTokens]:
+    """One position that nobody asked about."""
+    position = torch.zeros(0, dtype=torch.int64, device=cpu.device())
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    return torch.zeros(1, dtype=torch.int64), bounds, _RowTokens(position, position[:, None], [])
+
+
 def _lay_out(requests: list[ScoreRequest], needs: TeacherNeeds) -> tuple[Tensor, Tensor, _RowTokens]:
     """(input ids [row], cu_seqlens, tokens) of one row. A sequence is context + response without its last token."""
+    if not requests:
+        return _empty_row()
     inputs, positions, ids, bounds = [], [], [], [0]
     for request in requests:
         context = torch.tensor(request.context_ids, dtype=torch.int64)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_opd.engines.megatron.families import Architecture, Shard, Weight
+from nemo_opd.engines.megatron.families import Architecture
+from nemo_opd.engines.megatron.tables import Shard, Weight
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class Piece:
 def pieces_of(weight: Weight, architecture: Architecture, padded_vocab: int, tp_rank: int, tp_size: int) -> list[Piece]:
     """The pieces that rank `tp_rank` of `tp_size` holds, in the order of the parameter.
 
-    They cover the parameter except for the padding rows of the vocabulary.
+    They cover the parameter except for the padding rows of the vocabulary. Experts are not cut.
     """
+    if weight.expert is not None:
+        tp_rank, tp_size = 0, 1
     return _LAYOUTS[weight.shard](weight, architecture, padded_vocab, tp_rank, tp_size)
 
 
 def local_shape(weight: Weight, architecture: Architecture, padded_vocab: int, tp_size: int) -> tuple[int, ...]:
-    """Shape of the Megatron parameter on one rank."""
+    """Shape of the Megatron parameter on one rank that holds it."""
+    if weight.expert is not None:
+        tp_size = 1
     shape = list(architecture.shape(weight.hf[0]))
     if weight.shard is Shard.VOCAB:
         shape[0] = padded_vocab // tp_size

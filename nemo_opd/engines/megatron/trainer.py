@@ -6,7 +6,8 @@ last pipeline stage (`fused_loss` on hidden states and the output layer's shard)
 Normalisation. Every loss component is divided by its own *global* token count before backward, so the gradients of
 micro-batches and of data-parallel replicas are summed, never averaged: `calculate_per_token_loss` tells Megatron's
 schedule and its data parallelism not to divide, and gradients are finalised without a divisor. Replicas may therefore
-have different numbers of rows.
+have different numbers of rows. Under expert parallelism they exchange tokens in every layer, so those with fewer rows
+run empty ones with the others.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule,
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
 from nemo_opd.engines.protocols import Accepts, NamedTensor, Place, Snapshot
-from nemo_opd.packing import with_payload
+from nemo_opd.packing import empty_row, with_payload
 from nemo_opd.reliability import faults
 from nemo_opd.types import PackedRow, TrainBatch, TrainStats
 from nemo_opd.vocab.fused import fused_loss
@@ -218,18 +219,30 @@ class MegatronTrainer:
         (none before the last stage)."""
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
+        rows = self._in_step(batch.rows)
         forward_backward = get_forward_backward_func()
         per_row: list[tuple[Sums, Mapping[str, Tensor]]] = forward_backward(
             forward_step_func=partial(self._forward_step, batch.normalisers),
-            data_iterator=iter(batch.rows),
+            data_iterator=iter(rows),
             model=[self._ddp],
-            num_microbatches=len(batch.rows),
+            num_microbatches=len(rows),
             seq_length=1,  # with variable_seq_lengths stages tell each other the shape
             micro_batch_size=1,
         )
         names = per_row[0][0] if per_row else ()
         sums = {name: torch.stack([row[name] for row, _ in per_row]).sum(0) for name in names}
-        return sums, [token_scores for _, token_scores in per_row]
+        return sums, [token_scores for _, token_scores in per_row[: len(batch.rows)]]
+
+    def _in_step(self, rows: tuple[PackedRow, ...]) -> tuple[PackedRow, ...]:
+        """The replica's rows, and empty ones up to the number of its longest neighbour where they share experts.
+
+        One all-reduce over the data-parallel replicas, under expert parallelism only.
+        """
+        if self.layout.ep == 1 or self.layout.dp == 1:
+            return rows
+        most = torch.tensor([len(rows)], device=cpu.device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return rows + (empty_row(),) * (int(most) - len(rows))
 
     def _forward_step(
         self, normalisers: Mapping[str, float], rows: Iterator[PackedRow], model: DistributedDataParallel

@@ -10,6 +10,7 @@ does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_opd.engines.megatron.families import OUTPUT, Architecture, Shard, Weight, read_architecture
+from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.hf_files import HFTensors, check_tensors, save_hf_checkpoint
 from nemo_opd.engines.megatron.sharding import local_shape, pieces_of
+from nemo_opd.engines.megatron.tables import OUTPUT, Shard, Weight
 from nemo_opd.engines.protocols import NamedTensor
 from nemo_opd.errors import ConfigError
 
@@ -28,6 +30,8 @@ __all__ = ["export_hf_weights", "load_hf_weights", "load_output_weight", "save_h
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NOT_HERE = -1
+_EXPERT = re.compile(r"mlp\.experts\.(local_experts\.|linear_fc[12]\.weight)(?P<expert>\d+)")
+"""Names of an expert's weights in a layer, in the local spec and in Transformer Engine's."""
 
 Model = Any
 """A Megatron GPTModel, wrapped (DistributedDataParallel, Float16Module) or not, or the list of a rank's chunks."""
@@ -67,9 +71,10 @@ def export_hf_weights(
 ) -> Iterator[NamedTensor]:
     """Every weight under its Hugging Face name, whole, on every rank, in the order of the layers.
 
-    Collective over the model's tensor- and pipeline-parallel groups: every rank must exhaust the iterator. For each
-    Megatron parameter one all-gather over tensor ranks (on the stage that holds it) and one broadcast over stages; one
-    small all-gather over stages at the start. Data-parallel replicas each do it for themselves.
+    Collective over the model's tensor-, expert- and pipeline-parallel groups: every rank must exhaust the iterator. For
+    each Megatron parameter one all-gather over tensor ranks (of an expert: a broadcast over expert-parallel ranks), on
+    the stage that holds it, and one broadcast over stages; one small all-gather over stages at the start, with experts
+    an all-reduce more. Data-parallel replicas that share no experts each do it for themselves.
 
     Args:
         model: the model, all of its ranks calling.
@@ -134,11 +139,16 @@ class _Parts:
         self.tp_group, self.pp_group = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
         self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
         self.pp_rank, self.pp_size = self.pp_group.rank(), self.pp_group.size()
+        self.ep_group, self.ep_size, self.experts = None, 1, 0
+        if architecture.experts is not None:
+            self.ep_group = chunks[0].pg_collection.ep
+            self.ep_size = self.ep_group.size()
+            self.experts = architecture.experts.count // self.ep_size
         self.padded_vocab = int(chunks[0].vocab_size)
         self._parameters: dict[str, torch.nn.Parameter] = {}
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                self._parameters[_whole_model_name(name, chunk)] = parameter
+                self._parameters[self._whole_model_name(name, chunk)] = parameter
         self._check(architecture)
 
     @property
@@ -148,6 +158,23 @@ class _Parts:
     def find(self, weight: Weight) -> torch.nn.Parameter | None:
         """The parameter, or None where another pipeline stage holds it."""
         return next((self._parameters[name] for name in weight.names if name in self._parameters), None)
+
+    def owner(self, weight: Weight) -> int:
+        """The expert-parallel rank that holds an expert's weight."""
+        assert weight.expert is not None
+        return weight.expert // self.experts
+
+    def _whole_model_name(self, name: str, chunk: Any) -> str:
+        """A stage numbers its layers, and a rank its experts, from 0. `layer_number` counts in the whole model, from
+        1."""
+        prefix = "decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        number, rest = name.removeprefix(prefix).split(".", 1)
+        if (found := _EXPERT.match(rest)) and self.ep_group is not None:
+            expert = int(found["expert"]) + self.experts * self.ep_group.rank()
+            rest = f"{rest[: found.start('expert')]}{expert}{rest[found.end('expert') :]}"
+        return f"{prefix}{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
     def _check(self, architecture: Architecture) -> None:
         unknown = set(self._parameters)
@@ -171,15 +198,6 @@ def _unwrap(module: Any) -> Any:
     while hasattr(module, "module"):
         module = module.module
     return module
-
-
-def _whole_model_name(name: str, chunk: Any) -> str:
-    """A stage numbers its layers from 0; `layer_number` counts them in the whole model, from 1."""
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    number, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
 
 @torch.no_grad()
@@ -213,6 +231,8 @@ def _stages_of(
     found = [parts.find(weight) for weight in weights]
     codes = [_NOT_HERE if p is None else _DTYPES.index(tensor_of(p).dtype) for p in found]
     mine = torch.tensor(codes, dtype=torch.int64, device=parts.device)
+    if parts.ep_size > 1:  # of an expert that another rank holds it is known then that this stage has it
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=parts.ep_group)
     everyone = [mine]
     if parts.pp_size > 1:
         everyone = [torch.empty_like(mine) for _ in range(parts.pp_size)]
@@ -232,18 +252,24 @@ def _stages_of(
 def _gather(
     local: Tensor | None, weight: Weight, architecture: Architecture, parts: _Parts, stage: int, dtype: torch.dtype
 ) -> Tensor:
-    """[tensor ranks, *local shape] on every rank of the model.
+    """[tensor ranks, *local shape] on every rank of the model; of an expert [1, *shape].
 
     Travels as bytes: nothing is rounded, and every backend can carry every dtype.
     """
     shape = local_shape(weight, architecture, parts.padded_vocab, parts.tp_size)
-    if parts.tp_size == parts.pp_size == 1:
+    expert = weight.expert is not None
+    if parts.pp_size == 1 and (parts.ep_size == 1 if expert else parts.tp_size == 1):
         assert local is not None
         return local.unsqueeze(0)
-    shards = torch.empty((parts.tp_size, *shape), dtype=dtype, device=parts.device)
+    shards = torch.empty((1 if expert else parts.tp_size, *shape), dtype=dtype, device=parts.device)
     if parts.pp_rank == stage:
-        assert local is not None
-        dist.all_gather_into_tensor(_bytes(shards), _bytes(local.contiguous()), group=parts.tp_group)
+        if local is not None and expert:
+            shards[0].copy_(local)
+        if expert and parts.ep_size > 1:
+            dist.broadcast(_bytes(shards), group=parts.ep_group, group_src=parts.owner(weight))
+        elif not expert:
+            assert local is not None
+            dist.all_gather_into_tensor(_bytes(shards), _bytes(local.contiguous()), group=parts.tp_group)
     if parts.pp_size > 1:
         dist.broadcast(_bytes(shards), group=parts.pp_group, group_src=stage)
     return shards
@@ -256,8 +282,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _join(shards: Tensor, weight: Weight, architecture: Architecture, parts: _Parts) -> list[Tensor]:
     """The whole Hugging Face tensors out of all tensor ranks' shards, without padding."""
     shapes = [architecture.shape(tensor) for tensor in weight.hf]
-    pieces = [pieces_of(weight, architecture, parts.padded_vocab, rank, parts.tp_size) for rank in range(parts.tp_size)]
-    if len(shapes) == 1 and (parts.tp_size == 1 or weight.shard is not Shard.ROW):
+    size = len(shards)
+    pieces = [pieces_of(weight, architecture, parts.padded_vocab, rank, size) for rank in range(size)]
+    if len(shapes) == 1 and (size == 1 or weight.shard is not Shard.ROW):
         rows = shapes[0][0]  # already in order, one shard behind the other (replicated: the first is all of it)
         return [shards.flatten(0, 1)[:rows]]
     wholes = [torch.empty(shape, dtype=shards.dtype, device=shards.device) for shape in shapes]

@@ -35,6 +35,13 @@ WRITTEN = ("rollout.engine=vllm", "rollout.servers.urls=http://node1:8000", "rol
 STOCK = (*STANDING, "rollout.servers.protocol=openai", "rollout.servers.weights_dir=w")
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
+
+
+def experts(folder: Path) -> None:
+    """A mixture of 6 experts of a width that no layout has to divide."""
+    write_model(folder / "experts", architectures=["Qwen3MoeForCausalLM"], num_experts=6, moe_intermediate_size=25)
+
+
 CASES = [
     # keys
     Bad("unknown_key", "student.tensor_parallel: got an unknown key; expected a key of `student`; "
@@ -107,15 +114,21 @@ CASES = [
         ("run.dir=run", "student.model=run/model")),
     Bad("experts_of_a_dense_model", "student.expert_model_parallel_size: got 2; expected 1, as the model has no "
         "experts; leave it out", ("student.expert_model_parallel_size=2",)),
-    Bad("experts_that_do_not_divide", "teacher.expert_model_parallel_size: got 3; expected a divisor of the 8 experts "
-        "of a layer; change it", ("teacher.model=moe", "teacher.expert_model_parallel_size=3"),
-        prepare=lambda folder: write_model(folder / "moe", num_experts=8)),
-    Bad("a_mixture_of_experts", "student.model: got a model of architecture Qwen3MoeForCausalLM; expected one of "
-        "Qwen3ForCausalLM, ", ("student.model=moe",),
-        prepare=lambda folder: write_model(folder / "moe", architectures=["Qwen3MoeForCausalLM"])),
+    Bad("experts_that_do_not_divide", "teacher.expert_model_parallel_size: got 4; expected a divisor of the 6 experts "
+        "of a layer; change it", ("teacher.model=experts", "teacher.expert_model_parallel_size=4"), prepare=experts),
     Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
         "or 6 (divisors of 6 layers); set it to one of these", old="data:",
         new="  pipeline_model_parallel_size: 4\ndata:"),
+    Bad("experts_without_sequence_parallel", "teacher.sequence_parallel: got False; expected true for a mixture of "
+        "experts under tensor parallelism, whose ranks would each route every token; set it to true",
+        ("teacher.model=experts", "teacher.tensor_model_parallel_size=2"), prepare=experts),
+    Bad("heads_of_a_mixture", "teacher.tensor_model_parallel_size: got 3; expected 1, 2 or 4 (4 attention heads divide "
+        "by these, and 2 key-value heads divide by them or divide them); set it to one of these",
+        ("teacher.model=experts", "teacher.tensor_model_parallel_size=3"), prepare=experts),
+    Bad("processes_by_expert_parallel", "train.processes: got 4; expected a multiple of 6 (tensor, expert and pipeline "
+        "parallel: 2 of the student and 3 of the teacher); change the number of processes or the layouts",
+        ("train.processes=4", "student.tensor_model_parallel_size=2", "teacher.model=experts",
+         "teacher.expert_model_parallel_size=3"), prepare=experts),
     Bad("processes_by_layouts", "train.processes: got 4; expected a multiple of 6 (tensor x pipeline parallel: 2 of "
         "the student and 3 of the teacher); change the number of processes or the layouts",
         ("train.processes=4", "student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=3")),
@@ -184,7 +197,7 @@ CASES = [
     Bad("decay_above_one", "teacher.decay: got 1.5; expected a value from 0 to 1; change the value",
         ("teacher.source=ema", "teacher.model=null", "teacher.decay=1.5")),
     Bad("hf_teacher_split", "teacher.pipeline_model_parallel_size: got 2; expected 1, as the hf engine does not split; "
-        "set both sizes to 1, or teacher.engine=megatron",
+        "set all sizes to 1, or teacher.engine=megatron",
         ("teacher.engine=hf", "teacher.pipeline_model_parallel_size=2")),
     # a teacher on servers
     Bad("whole_distribution_of_a_served_teacher", "loss.name (algorithm opd): got reverse_kl; expected a loss that a "
@@ -203,7 +216,7 @@ CASES = [
         "one model; set teacher.engine=megatron, or choose another loss",
         (*SERVED, "loss=extrapolated", "teacher.base_model=student")),
     Bad("served_teacher_split", "teacher.tensor_model_parallel_size: got 2; expected 1, as it is on servers of its "
-        "own; set both sizes to 1; teacher.servers.tensor_parallel_size splits a server's model",
+        "own; set all sizes to 1; teacher.servers.tensor_parallel_size splits a server's model",
         (*SERVED, "loss=k2", "teacher.tensor_model_parallel_size=2")),
     Bad("served_float64", "teacher.dtype: got float64; expected bfloat16 or float32 with engine vllm; choose one of "
         "these", (*SERVED, "loss=k2", "teacher.dtype=float64")),
@@ -458,7 +471,8 @@ CASES = [
     Bad("no_model_configuration", "student.model: got no empty/config.json; expected a model folder in Hugging Face "
         "format; check the path", ("student.model=empty",), prepare=lambda folder: (folder / "empty").mkdir()),
     Bad("unsupported_architecture", "student.model: got a model of architecture MambaForCausalLM; expected one of "
-        "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM; choose a model of these families",
+        "Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen3MoeForCausalLM; choose a model "
+        "of these families",
         ("student.model=mamba",),
         prepare=lambda folder: write_model(folder / "mamba", architectures=["MambaForCausalLM"])),
     Bad("model_with_code", "student.model: got coded/config.json with code of its own (auto_map); expected weights and "

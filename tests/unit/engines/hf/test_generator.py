@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, Qwen2Config
 
@@ -178,6 +179,18 @@ def test_an_untied_output_layer_may_not_stay_away() -> None:
         generator().load_weights(iter(weights.items()), 0)
 
 
+def test_experts_come_one_by_one_under_the_names_of_a_folder(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path, "qwen3_moe", seed=1, vocab_size=VOCAB_SIZE)
+    weights = load_file(source / "model.safetensors")
+    engine = generator("qwen3_moe")
+    engine.load_weights(iter(weights.items()), 0)
+    expected = tokens(generator("qwen3_moe", seed=1).generate(requests(4), Sampling(9), never))
+    assert tokens(engine.generate(requests(4), Sampling(9), never)) == expected
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    with pytest.raises(ValueError, match=f"expected 1 more: {name}"):
+        engine.load_weights(((n, t) for n, t in weights.items() if n != name), 1)
+
+
 def test_weights_are_cast_to_the_generators_dtype() -> None:
     engine = generator(dtype=torch.bfloat16)
     weights = tiny_model(vocab_size=VOCAB_SIZE, seed=1).state_dict()
@@ -248,7 +261,7 @@ def test_a_diverged_policy_is_refused_rather_than_sampled() -> None:
 )
 def test_models_that_would_be_computed_wrongly_are_refused(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="one of llama, mistral, qwen2, qwen3, qwen3_moe"):
         HFGenerator(tmp_path, read_weights=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from nemo_opd.engines.megatron.families import (
     FAMILIES,
+    Experts,
     architecture_of,
     family_of,
     padded_vocab_size,
@@ -109,6 +111,55 @@ MISTRAL_7B: dict[str, Any] = {
 }
 
 
+QWEN3_30B_A3B: dict[str, Any] = {
+    **QWEN3_0_6B,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+
+
+def test_experts_of_a_published_model() -> None:
+    """Its 18,867 tensors by name, which a folder has one by one and transformers keeps in memory by layers."""
+    architecture = architecture_of(QWEN3_30B_A3B)
+    assert architecture.experts == Experts(128, per_token=8, normalised=True)
+    assert architecture.ffn_hidden_size == 768
+    tensors = architecture.hf_tensors()
+    assert len(tensors) == 48 * (9 + 3 * 128) + 3
+    assert tensors["model.layers.47.mlp.experts.127.down_proj.weight"] == (2048, 768)
+    assert tensors["model.layers.0.mlp.gate.weight"] == (128, 2048)
+    assert sum(math.prod(shape) for shape in tensors.values()) == 30_532_122_624
+    saved_by_5 = {**QWEN3_30B_A3B, "num_local_experts": 128}
+    del saved_by_5["num_experts"]
+    assert architecture_of(saved_by_5) == architecture
+    architecture.check_layout(4, 1, "student", 8)
+    for ep in (3, 256):
+        with pytest.raises(ConfigError, match=r"student\.expert_model_parallel_size"):
+            architecture.check_layout(1, 1, "student", ep)
+
+
+def test_names_of_experts_in_both_specs() -> None:
+    """Megatron-core 0.16.1: `SequentialMLP` has a list of experts, `TEGroupedMLP` weights 0, 1, ... in one layer."""
+    names = {w.names: w for w in architecture_of(QWEN3_30B_A3B).weights() if w.expert is not None}
+    gate_up = names[
+        ("decoder.layers.3.mlp.experts.local_experts.17.linear_fc1.weight",
+         "decoder.layers.3.mlp.experts.linear_fc1.weight17")
+    ]  # fmt: skip
+    assert gate_up.expert == 17 and len(gate_up.hf) == 2 and len(names) == 48 * 128 * 2
+
+
 def test_published_configurations() -> None:
     qwen3, qwen25, llama = (architecture_of(config) for config in (QWEN3_0_6B, QWEN25_7B, LLAMA32_1B))
     assert (qwen3.head_dim, qwen3.tied, qwen3.family.qk_norm, qwen3.family.qkv_bias) == (128, True, True, False)
@@ -189,6 +240,11 @@ def test_an_unsupported_architecture_is_refused_by_name() -> None:
         (QWEN25_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA32_1B, {"rope_scaling": {**LLAMA32_1B["rope_scaling"], "low_freq_factor": 2}}, "low_freq_factor"),
         (LLAMA32_1B, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 1}, "num_experts_per_tok"),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 129}, "num_experts_per_tok"),
+        (QWEN3_30B_A3B, {"moe_intermediate_size": None}, "moe_intermediate_size"),
         (QWEN3_0_6B, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         (QWEN3_0_6B, {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
         (QWEN3_0_6B, {"hidden_size": None}, "hidden_size"),

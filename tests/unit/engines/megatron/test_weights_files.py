@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nemo_opd.engines.megatron import hf_files
-from nemo_opd.engines.megatron.families import Architecture, Weight, padded_vocab_size, read_architecture
+from nemo_opd.engines.megatron.families import Architecture, padded_vocab_size, read_architecture
 from nemo_opd.engines.megatron.hf_files import INDEX_FILE, SINGLE_FILE, HFTensors, save_hf_checkpoint
 from nemo_opd.engines.megatron.sharding import local_shape
+from nemo_opd.engines.megatron.tables import Weight
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_hf_weights, load_output_weight
 from nemo_opd.errors import ConfigError
 from tests.helpers.tiny import tiny_checkpoint, tiny_model

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_opd.engines.megatron.families import Architecture, Shard, Weight, architecture_of, padded_vocab_size
+from nemo_opd.engines.megatron.families import Architecture, architecture_of, padded_vocab_size
 from nemo_opd.engines.megatron.sharding import local_shape, pieces_of
+from nemo_opd.engines.megatron.tables import Shard, Weight
 from tests.unit.engines.megatron.test_weights_families import LLAMA32_1B, QWEN3_0_6B, QWEN25_7B
 
 
