@@ -82,6 +82,9 @@ class StudentConfig(LayoutConfig):
     model: str = MISSING
     dtype: str = "bfloat16"
     """Of the weights in forward and backward: bfloat16 or float32 (float64 in tests). Master weights are fp32."""
+    recompute: str = "none"
+    """What the backward pass computes once more instead of keeping it: none, selective (the attention of each layer) or
+    full (whole layers: one hidden state is kept for each)"""
     vocab_padding_multiple: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; padding is -inf, never 0."""
 
@@ -795,6 +798,8 @@ class OptimizerConfig:
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     distributed: bool | None = None
     """Megatron's distributed optimizer; None: where Transformer Engine is present."""
+    overlap_grad_reduce: bool = False
+    """Gradients are reduced over replicas while the last rows' backward pass still runs."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from nemo_opd.config import FP8_MULTIPLES, SIGNS, LimitsConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.dtype": ("bfloat16", "float32", "float64"),
+    "student.recompute": ("none", "selective", "full"),
     "teacher.dtype": ("bfloat16", "float32", "float64"),
     "teacher.engine": ("megatron", "hf", "vllm", "none"),
     "teacher.source": ("external", "current", "frozen", "ema"),

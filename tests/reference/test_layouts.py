@@ -217,3 +217,60 @@ def test_a_replica_without_work_takes_part_in_its_neighbours_experts(
         same_gradients(
             ranks2.run(gradients, fp64(folders, "experts", **settings, **EP2), 3, count)[0], expected, ROUTED
         )
+
+
+def layer_calls(rank: int, config: Config) -> tuple[int, int]:
+    """How often a step computes the attention and the MLP of the first layer, for each row."""
+    trainer = trainer_for(config)
+    calls = [0, 0]
+
+    def count(place: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[place] += 1
+
+        return hook
+
+    layer = trainer.model.decoder.layers[0]
+    layer.self_attention.core_attention.register_forward_hook(count(0))
+    layer.mlp.register_forward_hook(count(1))
+    batch = batch_for(config, trainer.place, 0)
+    trainer.train_step(batch)
+    assert len(batch.rows) > 1
+    return calls[0] // len(batch.rows), calls[1] // len(batch.rows)
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [("none", (1, 1)), ("selective", (2, 1)), ("full", (2, 2))])
+def test_what_is_computed_once_more(
+    folders: dict[str, Path], ranks1: RankPool, recompute: str, calls: tuple[int, int]
+) -> None:
+    assert ranks1.run(layer_calls, fp32(folders, "untied", student__recompute=recompute)) == [calls]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {"student__recompute": "selective"}),
+        (2, {**PP2, "student__recompute": "selective"}),
+        (2, {**TP2, **SEQUENCE, "student__recompute": "full"}),
+        (4, {**TP2, **PP2, "student__recompute": "full"}),
+        (2, {"optimizer__overlap_grad_reduce": True}),
+        (4, {**PP2, "optimizer__overlap_grad_reduce": True, "student__recompute": "full"}),
+    ],
+    ids=["selective", "selective, pp2", "full, tp2", "full, tp2 x pp2", "overlap, dp2", "overlap and full, pp2 x dp2"],
+)
+def test_recomputation_and_overlap_change_no_gradient(
+    folders: dict[str, Path],
+    pools: dict[int, RankPool],
+    one_process_gradients: dict[str, Any],
+    world_size: int,
+    settings: dict[str, Any],
+) -> None:
+    got = pools[world_size].run(gradients, fp64(folders, "untied", **settings))[0]
+    same_gradients(got, one_process_gradients["untied"])
+
+
+def test_recomputation_and_overlap_of_experts(
+    folders: dict[str, Path], ranks2: RankPool, one_process_experts: tuple[Any, Any]
+) -> None:
+    settings = {**EP2, "student__recompute": "full", "optimizer__overlap_grad_reduce": True}
+    same_gradients(ranks2.run(gradients, fp64(folders, "experts", **settings))[0], one_process_experts[0], ROUTED)

@@ -17,6 +17,17 @@ def test_balanced_covers_all_and_is_even():
     assert balanced([], 2) == [[], []]
 
 
+def test_replicas_get_the_same_number_of_tokens():
+    """Lengths as of responses, a few of them very long: 8 replicas differ by less than a hundredth."""
+    draws = torch.Generator().manual_seed(0)
+    lengths = (500 * torch.randn(256, generator=draws).exp()).long().clamp(50, 8192).tolist()
+    assert max(lengths) > 10 * sorted(lengths)[128]
+    loads = [sum(lengths[i] for i in part) for part in balanced(lengths, 8)]
+    assert max(loads) - min(loads) < 0.01 * min(loads)
+    by_number = [sum(lengths[part::8]) for part in range(8)]
+    assert max(by_number) - min(by_number) > 20 * (max(loads) - min(loads)), "as many responses each is not as good"
+
+
 def test_shares_cover_all_items_once():
     for count in (0, 1, 5, 8):
         shares = [Processes(rank, 3).share(count) for rank in range(3)]

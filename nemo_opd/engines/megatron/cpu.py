@@ -9,7 +9,7 @@ Megatron's tensor, pipeline and data parallel code is device-neutral except for 
 * `megatron_device` is entered around building, clipping and checkpointing and redirects every device and type name. It
   is a scope and not a state of the process because it costs about 1.6 microseconds per torch call.
 
-Where CUDA is available both do nothing (but for one name, see `_name_the_absent`). No arithmetic is changed by either.
+Where CUDA is available both do nothing (but see `_do_without_transformer_engine`). No arithmetic is changed by either.
 """
 
 from __future__ import annotations
@@ -96,19 +96,32 @@ def megatron_device() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
-def _name_the_absent() -> None:
+def _do_without_transformer_engine() -> None:
     """The router asks whether Transformer Engine's matrix product is there by a name that, without it, is not defined
-    (megatron-core 0.16.1)."""
+    (megatron-core 0.16.1). And what a layer is given to compute it once more must be tensors, which our local
+    attention's is not."""
+    from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    tensor_parallel.checkpoint = functools.partial(_checkpoint, tensor_parallel.checkpoint)
+
+
+def _checkpoint(megatrons: Callable[..., Any], function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
+    """`megatron.core.tensor_parallel.checkpoint`, which keeps only tensors; anything else goes by the closure."""
+    others = {place: arg for place, arg in enumerate(args) if not isinstance(arg, torch.Tensor)}
+
+    def with_others(*tensors: Any) -> Any:
+        return function(*(others.get(place, tensor) for place, tensor in enumerate(tensors)))
+
+    return megatrons(with_others, distribute, *(None if place in others else arg for place, arg in enumerate(args)))
 
 
 @functools.cache
 def install() -> None:
     """Point the functions of `torch.cuda` that Megatron uses at the CPU. Once per process; nothing where CUDA is."""
-    _name_the_absent()
+    _do_without_transformer_engine()
     if torch.cuda.is_available():
         return
     cuda: Any = torch.cuda

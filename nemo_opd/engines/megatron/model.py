@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_opd.config import LayoutConfig
+from nemo_opd.config import LayoutConfig, StudentConfig
 from nemo_opd.engines.megatron import cpu, fp8
 from nemo_opd.engines.megatron.eager import swiglu
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
@@ -156,6 +156,14 @@ def empty_model(
     return model
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron's fields for `student.recompute`."""
+
+
 def _leave(weight: Tensor) -> None:
     """Initialise nothing: every weight is read from the checkpoint. (Megatron marks a parameter as sharded while it
     initialises it, so that switching initialisation off would break the gradient norm.)"""
@@ -205,6 +213,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        **_RECOMPUTE[config.recompute if isinstance(config, StudentConfig) else "none"],
         batch_p2p_comm=True,
         **fp8.transformer_fields(config.fp8),
     )

@@ -82,7 +82,8 @@ class MegatronTrainer:
         self._names: tuple[str, ...] | None = None
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
-            self._ddp = data_parallel(self.model, distributed, dtype, student.fp8.param_gather)
+            overlap = config.optimizer.overlap_grad_reduce
+            self._ddp = data_parallel(self.model, distributed, dtype, student.fp8.param_gather, overlap)
             self.model.config.finalize_model_grads_func = self._finalize_model_grads
             self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype, student.fp8)
             self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
@@ -307,21 +308,28 @@ class MegatronTrainer:
 
 
 def data_parallel(
-    model: HiddenStateModel, distributed: bool, dtype: torch.dtype, fp8_param_gather: bool = False
+    model: HiddenStateModel,
+    distributed: bool,
+    dtype: torch.dtype,
+    fp8_param_gather: bool = False,
+    overlap: bool = False,
 ) -> DistributedDataParallel:
-    """Gradients in fp32 (float64 for a float64 model), summed over replicas once at the end of a step."""
+    """Gradients in fp32 (float64 for a float64 model), summed over replicas once: at the end of a step or, with
+    `overlap`, bucket by bucket while the last row's backward pass runs."""
     config = model.config
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=dtype != torch.float64,
             use_distributed_optimizer=distributed,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=overlap,
             fp8_param_gather=fp8_param_gather,
             check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
         ),
         model,
     )
+    if overlap:
+        config.no_sync_func = ddp.no_sync
     return ddp
 
 
