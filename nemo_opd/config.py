@@ -799,7 +799,8 @@ class OptimizerConfig:
     distributed: bool | None = None
     """Megatron's distributed optimizer; None: where Transformer Engine is present."""
     overlap_grad_reduce: bool = False
-    """Gradients are reduced over replicas while the last rows' backward pass still runs."""
+    """Gradients are reduced over replicas while the last row's backward pass still runs. A rank whose gradient is not
+    finite is then not named: the update is left out, and the sum of all ranks is all that is known."""
 
 
 @dataclass

@@ -200,14 +200,18 @@ class MegatronTrainer:
         """Reduce over replicas, tensor ranks (norms) and tied embeddings; the token count is in the loss already.
 
         Before that the rank's own gradient is summed up, one pass over the buffers: a number that is not finite shows
-        in the sum, and after the reduction nobody could tell whose it was. Nothing waits for it.
+        in the sum, and after the reduction nobody could tell whose it was. Nothing waits for it. With
+        `optimizer.overlap_grad_reduce` the buffers are being reduced by now, and no rank is named.
         """
         self._reduced_at = time.perf_counter()
         buffers = [buffer.grad_data for buffer in [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]]
         if (factor := faults.hit("train.gradient")) != 1.0:
             for buffer in buffers:
                 buffer.mul_(factor)
-        self._own_gradient = torch.stack([buffer.sum() for buffer in buffers]).sum()
+        if self._config.optimizer.overlap_grad_reduce:
+            self._own_gradient = torch.zeros(())
+        else:
+            self._own_gradient = torch.stack([buffer.sum() for buffer in buffers]).sum()
         megatron_finalize_model_grads(model, None, **kwargs)
 
     def _build_model(self) -> tuple[HiddenStateModel, Architecture]:
