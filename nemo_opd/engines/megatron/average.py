@@ -9,7 +9,7 @@ nothing is communicated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class WeightAverage:
         self._show()
 
     @staticmethod
-    def is_in(names: Mapping[str, Any]) -> bool:
+    def is_in(names: Iterable[str]) -> bool:
         """Does a checkpoint with tensors of these names hold an average?"""
         return any(name.startswith(f"{_PREFIX}.") for name in names)
 

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron import cpu, reading
 from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.model import HiddenStateModel
 from nemo_opd.engines.megatron.shards import ShardSnapshot
@@ -52,13 +52,13 @@ def load(
     Raises ValueError when the folder is not such a checkpoint, ConfigError when it has no average to go on with.
     """
     _require_checkpoint(folder)
-    if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(folder))):
+    if average is not None and not average.is_in(reading.tensor_names(folder)):
         way_out = "start a new run folder, or go on with the teacher that the run began with"
         raise ConfigError("teacher.source", f"ema, and no average in {folder}", "a run that began with it", way_out)
     recipe = [{name: group[name] for name in _OF_THE_RECIPE} for group in optimizer.param_groups]
     with cpu.megatron_device():
         wanted = _sharded_state(model, optimizer, schedule, average, is_loading=True)
-        state = dist_checkpointing.load(wanted, str(folder))
+        state = reading.load(wanted, folder)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, recipe, strict=True):
@@ -73,12 +73,18 @@ def load(
 def load_model(folder: Path, model: HiddenStateModel) -> None:
     """Read the weights alone of what a snapshot wrote, under this or another layout. Collective.
 
+    The scales of FP8 (`_extra_state`) are left out: Transformer Engine unpickles them, and nobody trains on from here.
+
     Raises ValueError when the folder is not such a checkpoint.
     """
     _require_checkpoint(folder)
     with cpu.megatron_device():
         weights = model.sharded_state_dict(metadata=_metadata(model))
-        model.load_state_dict(dist_checkpointing.load({"model": weights}, str(folder))["model"])
+        extra = [name for name in weights if name.endswith("_extra_state")]
+        for name in extra:
+            del weights[name]
+        state = reading.load({"model": weights}, folder)["model"]
+        model.load_state_dict({**state, **{name: torch.empty(0, dtype=torch.uint8) for name in extra}})
         dist.barrier()
 
 
