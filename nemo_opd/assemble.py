@@ -82,7 +82,8 @@ def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     heartbeat = heartbeat or Silent()
     folder = Path(config.run.dir)
-    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config))
+    tell_budget = functools.partial(stop.budget.saved, keep=processes.is_first)
+    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config), tell_budget)
     newest, inputs = begun_before(config, store, processes)
     writers = writer_servers(config, processes) if uses_writers(config) else None
     served = serving_teachers(config, processes)

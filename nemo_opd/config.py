@@ -831,6 +831,9 @@ class CheckpointConfig:
     every: int = 100
     """Steps between checkpoints; the last step and a stop request always save."""
     keep: int = 2
+    asynchronous: bool = False
+    """Write in the background: training waits until model and optimizer are copied to host memory, and goes on. The
+    last save, and that of a stop request, are waited for."""
     export_at_end: bool = True
     """After the last step, write the student in Hugging Face format to `<run.dir>/model`."""
 

@@ -137,6 +137,7 @@ def train(run: Run) -> bool:
             report = one_step(run)
             if report is None:
                 break
+            run.store.poll()
             report = diagnosed(run, report)
             progress.advance(report)
             if run.recorder:
@@ -149,6 +150,8 @@ def train(run: Run) -> bool:
             evaluated = evaluate(run)  # after saving: an evaluation that fails costs no trained step
     if saved < run.state.step or run.processes.any(run.ahead.finished_more(run.state.step)):
         save(run)
+    with run.heartbeat.section("save"):
+        run.store.wait()
     progress.close()
     return evaluated and run.state.step >= steps
 
@@ -426,14 +429,13 @@ def evaluate(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Commit a checkpoint of the current step."""
+    """Commit a checkpoint of the current step; with `checkpoint.asynchronous` after one of the next steps."""
     run.state.algorithm = {name: part.state() for name, part in run.stateful.items()}
-    begin = time.perf_counter()
     kept = run.ahead.kept(run.state.step)
+    files = {ROLLOUTS_FILE: kept} if kept else {}
+    background = run.config.checkpoint.asynchronous and run.state.step < run.config.train.steps
     with run.heartbeat.section("save"):
-        path = run.store.save(run.trainer, run.state, run.config_text, {ROLLOUTS_FILE: kept} if kept else {})
-    run.stop.budget.saved(time.perf_counter() - begin, keep=run.processes.is_first)
-    log.info("saved %s", path)
+        run.store.save(run.trainer, run.state, run.config_text, files, background)
 
 
 def _due(every: int, step: int) -> bool:

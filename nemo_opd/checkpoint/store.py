@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import secrets
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,9 +93,12 @@ class _Writing:
     records: dict[str, FileRecord] = field(default_factory=dict)
     """Of what this process has written so far."""
     error: str = ""
+    seconds: float = 0.0
+    """Spent on it so far, without what it waited for in the background."""
 
     def write(self) -> None:
         """Write this process's files and hash each. Not collective, from any thread; what goes wrong is kept."""
+        begin = time.perf_counter()
         try:
             faults.hit("ckpt.before_shard")
             for name in self.snapshot.write():
@@ -105,6 +110,7 @@ class _Writing:
             commit.sync_folders(self.temporary, self.records)
         except Exception as error:  # noqa: BLE001 - told to every rank when they meet
             self.error = _said(error)
+        self.seconds += time.perf_counter() - begin
 
     def finish(self) -> None:
         """Write what files of several processes have in common. Collective; what goes wrong is kept."""
@@ -122,13 +128,27 @@ class _Writing:
 class CheckpointStore:
     """The checkpoints below one run folder."""
 
-    def __init__(self, run_dir: Path, processes: Processes, keep: int, layout: Mapping[str, int] | None = None) -> None:
-        """`layout`: said in manifests, besides the number of processes. Collective: rank 0 clears away what an
-        interrupted save or deletion left."""
+    def __init__(
+        self,
+        run_dir: Path,
+        processes: Processes,
+        keep: int,
+        layout: Mapping[str, int] | None = None,
+        saved: Callable[[float], None] | None = None,
+    ) -> None:
+        """Collective: rank 0 clears away what an interrupted save or deletion left.
+
+        Args:
+            layout: said in manifests, besides the number of processes.
+            saved: told, after each save, the seconds that it takes when it is waited for.
+        """
         self.folder = run_dir / "checkpoints"
         self._processes = processes
         self._keep = keep
+        self._saved = saved
         self._layout = {"processes": processes.size, **(layout or {})}
+        self._under_way: _Writing | None = None
+        self._thread: threading.Thread | None = None
         self._verified: set[Path] = set()
         self._bad: set[Path] = set()
         self._on_first(self._prepare)
@@ -164,18 +184,54 @@ class CheckpointStore:
         return None
 
     def save(
-        self, trainer: Trainer, state: RunState, config_text: str, files: Mapping[str, bytes] = MappingProxyType({})
+        self,
+        trainer: Trainer,
+        state: RunState,
+        config_text: str,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        background: bool = False,
     ) -> Path:
         """Write a checkpoint of `state.step` and drop the oldest beyond `keep`. Collective.
 
-        `files` are of the run's own, by name; those of rank 0 are written.
+        An earlier save that is under way is waited for: there is at most one.
+
+        Args:
+            files: of the run's own, by name; those of rank 0 are written.
+            background: return as soon as everything is copied. It becomes a checkpoint in a later `poll` or `wait`.
+
+        Returns:
+            The checkpoint's folder; with `background` it is not there yet.
 
         Raises SaveFailed, on every rank, when one cannot write; earlier checkpoints are then as they were.
         """
         texts = {CONFIG_FILE: config_text.encode(), STATE_FILE: json.dumps(asdict(state), indent=1).encode()}
+        self.wait()
         writing = self._begin(trainer, state.step, {**files, **texts})
+        if background:
+            self._under_way = writing
+            self._thread = threading.Thread(target=writing.write, name=f"save of step {state.step}", daemon=True)
+            self._thread.start()
+            return self._path(state.step)
         writing.write()
         return self._commit(writing)
+
+    def poll(self) -> None:
+        """Make the save in the background a checkpoint once every rank has written its part. Collective; between two
+        steps, one all-reduce where there is such a save.
+
+        Raises SaveFailed, on every rank, when one could not write.
+        """
+        if self._under_way is not None and self._thread is not None:
+            failed = self._processes.any(bool(self._under_way.error))
+            if failed or not self._processes.any(self._thread.is_alive()):
+                self.wait()
+
+    def wait(self) -> None:
+        """The same, when it has been written; nothing without one. Collective."""
+        if self._under_way is not None and self._thread is not None:
+            writing, self._under_way = self._under_way, None
+            self._thread.join()
+            self._commit(writing)
 
     def load(self, path: Path, trainer: Trainer) -> RunState:
         """Bring the trainer to the checkpoint's state and return the rest of it. Collective.
@@ -188,9 +244,12 @@ class CheckpointStore:
         return read_state(path)
 
     def _begin(self, trainer: Trainer, step: int, files: Mapping[str, bytes]) -> _Writing:
+        begin = time.perf_counter()
         temporary = self.folder / self._on_first(lambda: self._make_temporary(step))
         snapshot = trainer.snapshot(temporary / MODEL_FOLDER)
-        return _Writing(step, temporary, snapshot, files if self._processes.is_first else {})
+        writing = _Writing(step, temporary, snapshot, files if self._processes.is_first else {})
+        writing.seconds += time.perf_counter() - begin
+        return writing
 
     def _make_temporary(self, step: int) -> str:
         name = f"tmp-{step:08d}-{secrets.token_hex(4)}"
@@ -200,19 +259,26 @@ class CheckpointStore:
 
     def _commit(self, writing: _Writing) -> Path:
         """All processes have written: make it a checkpoint, or fail on all of them. Collective."""
+        begin = time.perf_counter()
         self._fail_together(writing)
         writing.finish()
         self._fail_together(writing)
         mine = json.dumps({name: asdict(record) for name, record in writing.records.items()})
         parts = self._processes.gather_text(mine)
-        final = self.folder / f"step-{writing.step:08d}"
+        final = self._path(writing.step)
         self._on_first(lambda: self._publish(writing, parts, final))
         self._verified.add(final)
         self._bad.discard(final)
         if self._processes.is_first:
             self._retain()
         self._processes.barrier()
+        if self._saved is not None:
+            self._saved(writing.seconds + time.perf_counter() - begin)
+        log.info("saved %s", final)
         return final
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _fail_together(self, writing: _Writing) -> None:
         errors = self._processes.gather_text(writing.error)

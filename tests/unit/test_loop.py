@@ -42,6 +42,7 @@ def _run(folder: Path, steps: int, checkpoint_every: int, evaluate_every: int) -
         **{"recorder": recorder, "evaluation": None, "generator": object()},
         **{"ahead": SimpleNamespace(close=lambda: None, finished_more=lambda step: False, kept=lambda step: b"")},
         **{"source": SimpleNamespace(follows_policy=True)},
+        **{"store": SimpleNamespace(poll=lambda: None, wait=lambda: None)},
         **{"diagnosis": Diagnosis(config.diagnose, state.diagnosis), "diagnosed": ""},
         **{"guard": Guard(config.guard, state.guard, processes), "heartbeat": Silent()},
     )
@@ -178,3 +179,13 @@ def test_a_sign_at_the_last_step_ends_nothing(collapsing: None, tmp_path: Path) 
     exact = _stored(_run(tmp_path / "exact", steps=run.state.step, checkpoint_every=500, evaluate_every=0), tmp_path)
     assert loop.train(exact)
     assert exact.diagnosed == ""
+
+
+def test_asynchronous_saves_are_all_there_at_the_end(collapsing: None, tmp_path: Path) -> None:
+    for steps in (10, 11):
+        (folder := tmp_path / f"{steps}").mkdir()
+        run = _stored(_run(folder, steps=steps, checkpoint_every=5, evaluate_every=0), folder)
+        run.config.checkpoint.asynchronous = True
+        assert loop.train(run)
+        saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert saved == [f"step-{step:08d}" for step in sorted({5, 10, steps})[-2:]]

@@ -24,6 +24,7 @@ from nemo_opd.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
+_NAME_LENGTH = 255
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """The size at which `transformers` splits too."""
@@ -107,20 +108,29 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         return None
     way_out = "copy the model again"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(str(path), error, "JSON", way_out) from error
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(str(path), error, "JSON that says everything once", way_out) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(str(path), "no weight_map", "a map from tensor names to files", way_out)
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file and "\0" not in file
-        if not plain or not file.endswith(".safetensors"):
+        if not plain or not file.endswith(".safetensors") or len(file) > _NAME_LENGTH:
             expected = "the name of a .safetensors file in the same folder"
             raise ConfigError(
                 f"{path}: {name}", repr(file), expected, "do not use this checkpoint: its index is unsafe"
             )
     return index
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it has {name[:80]!r} twice")
+        values[name] = value
+    return values
 
 
 def check_tensors(tensors: HFTensors, architecture: Architecture) -> None:

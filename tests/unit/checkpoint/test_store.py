@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -160,3 +162,91 @@ def test_nothing_is_loaded_that_was_not_verified(tmp_path):
     with pytest.raises(BadCheckpoint, match="model/a-0"):
         _store(tmp_path).load(path, trainer)
     assert trainer.value == "untouched"
+
+
+class SlowSnapshot(FileSnapshot):
+    """Writes when it may."""
+
+    def __init__(self, folder: Path, trainer: SlowTrainer) -> None:
+        super().__init__(folder, trainer.value, 0)
+        self.trainer = trainer
+
+    def write(self) -> Iterator[str]:
+        assert self.trainer.may_write.wait(60)
+        if self.trainer.fails:
+            raise OSError("disk full")
+        yield from super().write()
+
+
+class SlowTrainer(FileTrainer):
+    def __init__(self, value: str = "", fails: bool = False) -> None:
+        super().__init__(value)
+        self.may_write = threading.Event()
+        self.fails = fails
+
+    def snapshot(self, folder: Path) -> FileSnapshot:
+        return SlowSnapshot(folder, self)
+
+
+def _names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name[:13] for path in store.folder.iterdir())
+
+
+def _polled(store: CheckpointStore, name: str) -> None:
+    """Steps go by until the checkpoint stands."""
+    deadline = time.monotonic() + 60
+    while name not in _names(store) and time.monotonic() < deadline:
+        store.poll()
+
+
+def test_a_save_in_the_background_is_committed_between_two_later_steps(tmp_path):
+    store, trainer, state = _store(tmp_path), SlowTrainer("early"), RunState(step=1, counters={"written": 1.0})
+    store.save(trainer, state, "", background=True)
+    trainer.value, state.counters["written"] = "late", 2.0
+    state.step = 2
+    store.poll()
+    assert _names(store) == ["tmp-00000001-"]
+    trainer.may_write.set()
+    _polled(store, "step-00000001")
+    assert _names(store) == ["step-00000001"]
+    loaded = FileTrainer()
+    assert store.load(store.newest(), loaded) == RunState(step=1, counters={"written": 1.0})
+    assert loaded.value == "early"
+    store.poll()
+    store.wait()
+
+
+def test_there_is_one_save_in_the_background_at_most(tmp_path):
+    store, first, second = _store(tmp_path), SlowTrainer("first"), SlowTrainer("second")
+    store.save(first, RunState(step=1), "", background=True)
+    threading.Timer(0.2, first.may_write.set).start()
+    store.save(second, RunState(step=2), "", background=True)
+    assert _names(store) == ["step-00000001", "tmp-00000002-"]
+    second.may_write.set()
+    store.wait()
+    assert _names(store) == ["step-00000001", "step-00000002"]
+
+
+def test_a_writer_that_fails_in_the_background_is_heard_of_at_the_next_step(tmp_path):
+    store, trainer = _store(tmp_path), SlowTrainer(fails=True)
+    store.save(FileTrainer("good"), RunState(step=1), "")
+    store.save(trainer, RunState(step=2), "", background=True)
+    trainer.may_write.set()
+    store._thread.join()
+    with pytest.raises(SaveFailed, match="step 2 could not be saved: rank 0: OSError: disk full"):
+        store.poll()
+    assert _names(store) == ["step-00000001"]
+    store.save(FileTrainer("later"), RunState(step=3), "")
+    assert _names(store) == ["step-00000001", "step-00000003"]
+
+
+def test_the_time_of_a_save_is_told_without_what_it_waited_for(tmp_path):
+    told: list[float] = []
+    store = CheckpointStore(tmp_path, Processes(), 2, saved=told.append)
+    store.save(FileTrainer("x"), RunState(step=1), "")
+    store.save(FileTrainer("y"), RunState(step=2), "", background=True)
+    begin = time.perf_counter()
+    time.sleep(2.0)
+    store.wait()
+    assert len(told) == 2
+    assert told[0] > 0 and 0 < told[1] < time.perf_counter() - begin
