@@ -79,7 +79,7 @@ def join_launcher() -> int:
 
 @functools.cache  # once is enough
 def tame_helpers() -> None:
-    """Have processes that are forked from this one (a checkpoint's writers) end with it, and leave a request to stop
+    """Have processes that are forked from this one (an engine's helpers) end with it, and leave a request to stop
     to it: they inherit its handlers, and Ctrl-C in a terminal reaches them too."""
     os.register_at_fork(after_in_child=_tame)
 
@@ -153,5 +153,5 @@ def main() -> int:
         return _say(error)
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this module again
+if __name__ == "__main__":  # processes that are started with "spawn" import this module again
     sys.exit(main())
