@@ -78,10 +78,11 @@ class _Made:
     state: Any = None
 
 
-class _Machine(pickle._Unpickler):  # type: ignore[name-defined] # the one in Python: its instructions are a table
+class _Machine(pickle._Unpickler):  # the one in Python: its instructions are a table
     """Reads a pickle into dictionaries, lists, tuples, numbers, texts, `_Name` and `_Made`."""
 
     dispatch: ClassVar[dict[int, Callable[..., Any]]] = {}
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> _Name:
         """Raises _RefusedError for a name that no metadata of ours has."""
@@ -116,7 +117,7 @@ _PLAIN = (
     *("APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL"),
 )
 _Machine.dispatch = dict.fromkeys(range(256), _Machine.refuse)
-_Machine.dispatch |= {getattr(pickle, n)[0]: pickle._Unpickler.dispatch[getattr(pickle, n)[0]] for n in _PLAIN}  # type: ignore[attr-defined]
+_Machine.dispatch |= {getattr(pickle, n)[0]: pickle._Unpickler.dispatch[getattr(pickle, n)[0]] for n in _PLAIN}
 _Machine.dispatch |= {
     pickle.REDUCE[0]: _Machine.make,
     pickle.NEWOBJ[0]: _Machine.make,
