@@ -82,8 +82,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat:
     """Everything a run needs, resumed from the newest checkpoint of its folder when there is one. Collective."""
     heartbeat = heartbeat or Silent()
     folder = Path(config.run.dir)
-    tell_budget = functools.partial(stop.budget.saved, keep=processes.is_first)
-    store = CheckpointStore(folder, processes, config.checkpoint.keep, layout_of(config), tell_budget)
+    store = build_store(config, processes, stop)
     newest, inputs = begun_before(config, store, processes)
     writers = writer_servers(config, processes) if uses_writers(config) else None
     served = serving_teachers(config, processes)
@@ -141,10 +140,13 @@ def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat:
     )
 
 
-def layout_of(config: Config) -> dict[str, int]:
-    """What a checkpoint says of the layout that wrote it."""
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    return {name: getattr(config.student, name) for name in names}
+def build_store(config: Config, processes: Processes, stop: StopRequest) -> CheckpointStore:
+    """The run's checkpoints; the time that a save takes is kept from the time that is left. Collective."""
+    layout = {
+        name: getattr(config.student, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    }
+    saved = functools.partial(stop.budget.saved, keep=processes.is_first)
+    return CheckpointStore(Path(config.run.dir), processes, config.checkpoint.keep, layout, saved)
 
 
 def finish(run: Run, done: bool) -> None:
