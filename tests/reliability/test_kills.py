@@ -22,16 +22,19 @@ import psutil
 import pytest
 
 from nemo_opd.configuration.load import to_yaml
+from nemo_opd.reliability import faults
 from tests.helpers.figures import record, trials
 from tests.helpers.forks import Group, Say
 from tests.helpers.workspace import make_workspace, workspace_config
 
 
-def _train(rank: int, say: Say, folder: str, run_dir: str, overrides: tuple[str, ...]) -> None:
-    """Start or resume, train to the end, and tell of every save and of the last weights."""
+def _train(rank: int, say: Say, folder: str, run_dir: str, overrides: tuple[str, ...], fault: str = "") -> None:
+    """Start or resume, train to the end, and tell of every save and of the last weights. From the second save of this
+    attempt on it breaks by the rules of `fault`."""
     from nemo_opd import loop
     from nemo_opd.assemble import assemble
     from nemo_opd.processes import Processes
+    from nemo_opd.reliability import faults
     from nemo_opd.reliability.stop import StopRequest
 
     Path(run_dir).mkdir(exist_ok=True)
@@ -42,6 +45,8 @@ def _train(rank: int, say: Say, folder: str, run_dir: str, overrides: tuple[str,
     save = loop.save
 
     def telling(run: loop.Run) -> None:
+        if run.state.step == run.started_at + 2:
+            faults.arm(fault)
         say(("saving", run.state.step))
         save(run)
         say(("saved", run.state.step))
@@ -119,6 +124,32 @@ def test_a_kill_while_saving_costs_no_committed_step(folder: Path, seconds_of_a_
     assert lost <= 1, "a save each step"
     record("R1", "newest checkpoint not loadable after kill -9 while it was saved", f"{unloadable} / {count}")
     record("R1", "steps lost at most, saving each step", str(lost))
+
+
+POINTS = sorted(point for point in faults.POINTS if point.startswith("ckpt.") and point != "ckpt.replacing")
+"""Of a save. A checkpoint is replaced where a run went back and saves a step again: see test_commit.py."""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_of_a_save_costs_no_committed_step(folder: Path) -> None:
+    """All ranks at once, and one of them while the others wait for it."""
+    whose = trials(2, 1)
+    count = len(POINTS) * whose
+    run_dir, settings = folder / "points", _settings(60)
+    committed, unloadable = 0, 0
+    for number, point in enumerate([point for point in POINTS for _ in range(whose)]):
+        fault = f"{point}=kill" + (" rank=1" if number % whose and "shard" in point else "")
+        with Group(_train, (str(folder), str(run_dir), settings, fault), folder) as group:
+            kind, resumed = group.next()
+            unloadable += kind != "resumed" or resumed < committed
+            group.wait_for_a_death()
+            group.kill()
+            group.drain()
+            committed = max(step for kind, step in group.said[1:] if kind == "saved")
+            assert committed < 60, f"{point} was never come by"
+    assert unloadable == 0
+    assert _to_the_end(folder, run_dir, settings) == _to_the_end(folder, folder / "no points", settings)
+    record("R1", f"the same after a kill at each of {len(POINTS)} named points", f"{unloadable} / {count}")
 
 
 @pytest.mark.slow
