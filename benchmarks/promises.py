@@ -42,7 +42,7 @@ PROMISES = {
 }
 
 
-def test_files() -> list[str]:
+def recording_tests() -> list[str]:
     """Those that record a figure."""
     named = "from tests.helpers.figures import"
     return sorted(
@@ -53,7 +53,7 @@ def test_files() -> list[str]:
 def run_tests(figures: Path, full: bool, chosen: Sequence[str]) -> int:
     """pytest's exit code."""
     environment = {**os.environ, "NEMO_OPD_FIGURES": str(figures)} | ({"NEMO_OPD_CHAOS": "full"} if full else {})
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=3600", *(chosen or test_files())]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=3600", *(chosen or recording_tests())]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

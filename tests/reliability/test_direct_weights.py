@@ -15,6 +15,7 @@ from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.generator import VLLMGenerator
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
+from tests.helpers.figures import record
 from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -100,6 +101,7 @@ def test_half_a_set_is_never_written_with(fleet: Fleet, others: list[dict[str, t
         successor.generate(requests(), SAMPLING, never)
     successor.load_weights(iter(others[2].items()), 0)
     assert_same(written(successor), expected(fleet.model, others[2]), 0)
+    record("R12", "answers with half a set of weights, the trainer gone between start and finish", "0")
     successor.close()
     reader = VLLMGenerator(servers(fleet, "reader", 0, 1), fleet.model, rank=0)
     assert_same(written(reader), expected(fleet.model, None), -1)

@@ -27,6 +27,7 @@ from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
 from tests.helpers.megatron import recipe
 from tests.helpers.ranks import RankPool
+from tests.helpers.figures import record
 from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
 from tests.reliability.refit_by_ranks import digest, train_and_refit
@@ -96,6 +97,7 @@ def test_every_tensor_of_a_split_trainer_reaches_the_server(fleet: Writers, rank
     files = sorted(map(str, kept.glob("*.safetensors")))
     read = {name: tensor.clone() for name, tensor in safetensors_weights_iterator(files, use_tqdm_on_load=False)}
     assert {name: digest(tensor) for name, tensor in read.items()} == hashes[0]
+    record("R12", "tensors of a trainer at TP 2 x PP 2 that reach a server with another hash", f"0 / {len(read)}")
     start = load_file(fleet.model / "model.safetensors")
     assert all(not torch.equal(start[name], read[name]) for name in start), "the step moved every tensor"
     hf = HFGenerator(fleet.model, eos_ids=())
@@ -134,6 +136,8 @@ def test_a_server_killed_while_it_writes_costs_nothing_but_time(
     fresh = HFGenerator(fleet.model, eos_ids=())
     fresh.load_weights(iter(weights.items()), version=0)
     assert tokens(rollouts) == tokens(list(fresh.generate(requests(8), Sampling(8), never)))
+    wrong = sum(int((rollout.policy_version != 2).sum()) for rollout in rollouts)
+    record("R12", "tokens with a wrong version after a server died and came back", str(wrong))
     fleet.start(0)
     generator.close()
 
@@ -233,6 +237,7 @@ def test_weights_that_are_not_what_they_should_be_change_nothing(
     assert post(fleet, "/refit", {"session": session, "version": 2, "name": "fine"}) == 400  # the folder says 1
     assert post(fleet, "/refit", {"session": "another", "version": 1, "name": "fine"}) == 409
     assert tokens(list(generator.generate(requests(24), LONG, never))) == expected
+    record("R12", "sets of weights that were damaged, half, another's or outside: taken by a server", "0 / 9")
     assert post(fleet, "/refit", {"session": session, "version": 1, "name": "fine"}) == 200
     assert post(fleet, "/refit", {"session": session, "version": 1, "name": "fine"}) == 409  # versions only grow
     generator.close()

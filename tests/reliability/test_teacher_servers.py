@@ -16,6 +16,7 @@ from nemo_opd.engines.vllm.client import ServerRefused
 from nemo_opd.engines.vllm.scorer import VLLMScorer
 from nemo_opd.engines.vllm.settings import TEACHER
 from nemo_opd.types import Need, ScoreRequest, TeacherNeeds, TeacherScores
+from tests.helpers.figures import record
 from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -87,6 +88,8 @@ def test_a_server_killed_while_it_scores_costs_nothing_but_time(
     assert all(a.sampled_logprobs is not None and a.sampled_logprobs.isnan().all() for a in missing)
     assert error(scored, expected) < BOUND
     assert "responses have no score" in caplog.text
+    substituted = sum(int(answer.sampled_logprobs.isfinite().sum()) for answer in missing)  # type: ignore[union-attr]
+    record("R13", f"numbers in the place of {len(missing)} scores that a killed server left out", str(substituted))
     # started again, they are asked again
     fleet.start(0, 1)
     scorer.close()
