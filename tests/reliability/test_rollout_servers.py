@@ -25,9 +25,9 @@ from nemo_opd.engines.vllm.wire import Generate, WireRequest, WireSampling
 from nemo_opd.refit.folder import write_folder
 from nemo_opd.rollout.seeds import derive_seed
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling
+from tests.helpers.figures import record
 from tests.helpers.megatron import recipe
 from tests.helpers.ranks import RankPool
-from tests.helpers.figures import record
 from tests.helpers.servers import KEY, Fleet
 from tests.helpers.tiny import tiny_checkpoint
 from tests.reliability.refit_by_ranks import digest, train_and_refit
