@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_opd.configuration.load import load
+from tests.helpers.figures import record
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.site import SLOW_STEPS, STEPS, Run, Site
 
@@ -71,6 +72,7 @@ def test_preempted_by_a_signal_then_by_slurm_it_ends_with_the_same_weights(undis
     assert (run.outcome["status"], run.outcome["step"]) == ("done", STEPS)
     assert run.steps == list(range(1, STEPS + 1))
     assert run.digest == undisturbed.digest
+    record("R8", "requeues after USR1 and after SLURM's own preemption, final weights equal", "1, 1, yes")
 
 
 def test_a_node_fails_and_the_run_goes_on_until_it_is_cancelled(cluster: Cluster, site: Site) -> None:
@@ -88,6 +90,7 @@ def test_a_node_fails_and_the_run_goes_on_until_it_is_cancelled(cluster: Cluster
     found = site.wait(job, "CANCELLED", restarts=1)
     until(lambda: run.outcome != {}, 120, "outcome", lambda: site.explain(job))
     assert found["Restarts"] == "1", "a cancelled job is not requeued"
+    record("R8", "requeues after a node failed, and after scancel", "1, 0")
     assert (run.outcome["status"], run.outcome["attempt"]) == ("preempted", f"slurm-{job}-1")
     assert run.checkpoints[-1] == f"step-{run.outcome['step']:08d}", "it saved before it ended"
     until(lambda: cluster.call("squeue", "--noheader") == "", 90, "empty queue", lambda: site.explain(job))
@@ -104,6 +107,7 @@ def test_what_cannot_work_is_not_started_again(site: Site) -> None:
     found = site.wait(job, "FAILED")
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
     assert run.outcome["status"] == "config_error"
+    record("R8", "requeues after a configuration error", found["Restarts"])
     assert "data.path" in run.outcome["reason"]
 
 
@@ -121,4 +125,5 @@ def test_a_crash_that_comes_every_time_is_given_up_after_three_starts(site: Site
     assert site.wait(again, "FAILED", seconds=60)["ExitCode"] == "70:0"
     assert "is held: given up after 3 starts" in site.output(again)
     assert run.outcome["attempt"] == f"slurm-{job}-2", "nothing was started"
+    record("R16", "starts of a run that crashes at its first step, on SLURM", str(1 + int(found["Restarts"])))
     assert json.loads((run.folder / "control" / "starts.json").read_text())["failures"] == []
