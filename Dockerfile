@@ -4,8 +4,11 @@
 #
 # Both arguments are required and have no default: an image is named by its digest, and only you can look one up. Choose
 # one that brings CUDA, torch and Transformer Engine built for each other (see the `gpu` extra in pyproject.toml for
-# the versions that fit). What the image has of these is kept: nothing below may replace it, and the build fails when
-# torch changed.
+# the versions that fit), and a Python of 3.11 or 3.12. What the image has of these is kept: nothing below may replace it,
+# and the build fails when torch changed.
+#
+# Two environments: the image's own for trainer, teacher and command line, and /opt/servers for vLLM, which pins a torch of
+# its own. A run starts its servers with the latter (NEMO_OPD_SERVER_PYTHON).
 ARG BASE_IMAGE
 ARG BASE_DIGEST
 FROM ${BASE_IMAGE}@${BASE_DIGEST}
@@ -24,7 +27,15 @@ RUN python3 -m pip install --no-deps . \
     && python3 docker/image_packages.py constraints | diff /tmp/constraints.txt - \
     && python3 -c "import torch, megatron.core, nemo_opd"
 
+RUN python3 -m venv /opt/servers \
+    && python3 docker/image_packages.py servers pyproject.toml > /tmp/servers.txt \
+    && /opt/servers/bin/python -m pip install --requirement /tmp/servers.txt \
+    && /opt/servers/bin/python -m pip install --no-deps . \
+    && /opt/servers/bin/python -c "import vllm, nemo_opd.engines.vllm.server"
+ENV NEMO_OPD_SERVER_PYTHON=/opt/servers/bin/python
+
 COPY recipes recipes
+COPY slurm slurm
 RUN useradd --create-home --uid 10001 opd
 USER opd
 WORKDIR /home/opd

@@ -2,6 +2,7 @@
 
 image_packages.py constraints               name==version of every GPU package that is installed
 image_packages.py requirements PYPROJECT    our requirements without those packages
+image_packages.py servers PYPROJECT         requirements of the servers' own environment: vLLM, which pins a torch
 """
 
 from __future__ import annotations
@@ -36,8 +37,17 @@ def requirements(pyproject: Path) -> list[str]:
     return [requirement for requirement in ours if not KEPT.fullmatch(normalised(requirement))]
 
 
+def servers(pyproject: Path) -> list[str]:
+    """Requirements of an environment for servers on GPUs. Of ours a server imports what vLLM brings anyway."""
+    extras: dict[str, list[str]] = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
+    return extras["vllm"]
+
+
 def main(words: Sequence[str]) -> None:
-    lines = constraints() if words[0] == "constraints" else requirements(Path(words[1]))
+    if words[0] == "constraints":
+        lines = constraints()
+    else:
+        lines = {"requirements": requirements, "servers": servers}[words[0]](Path(words[1]))
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

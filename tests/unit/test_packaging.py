@@ -7,10 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from tests.helpers.servers import need_vllm
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,16 +37,50 @@ def test_the_image_runs_as_somebody_without_rights() -> None:
 
 def test_every_installation_in_the_image_keeps_its_torch() -> None:
     commands = [part for line in dockerfile() for part in line.split("&&") if "pip install" in part]
-    assert len(commands) == 2
-    assert all("--constraint /tmp/constraints.txt" in part or "--no-deps" in part for part in commands)
+    own = [part for part in commands if "/opt/servers/bin/python" not in part]
+    assert (len(commands), len(own)) == (4, 2)
+    assert all("--constraint /tmp/constraints.txt" in part or "--no-deps" in part for part in own)
 
 
-def test_what_the_image_installs_is_what_the_project_requires_without_torch() -> None:
+def test_the_image_imports_what_it_installed_in_both_environments() -> None:
+    run = [part.strip() for line in dockerfile() for part in line.split("&&")]
+    assert 'python3 -c "import torch, megatron.core, nemo_opd"' in run
+    assert '/opt/servers/bin/python -c "import vllm, nemo_opd.engines.vllm.server"' in run
+    assert "ENV NEMO_OPD_SERVER_PYTHON=/opt/servers/bin/python" in run
+
+
+def _image_packages() -> ModuleType:
     specification = importlib.util.spec_from_file_location("image_packages", ROOT / "docker" / "image_packages.py")
     assert specification is not None
     assert specification.loader is not None
     image_packages = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(image_packages)
+    return image_packages
+
+
+def test_the_servers_environment_has_vllm_and_how_it_listens() -> None:
+    named = _image_packages().servers(ROOT / "pyproject.toml")
+    assert [line.partition("==")[0] for line in named] == ["vllm", "starlette", "uvicorn"]
+    assert all("==" in line for line in named)
+
+
+@pytest.mark.slow
+def test_a_server_imports_nothing_that_vllm_does_not_bring() -> None:
+    """So that the environment above is enough: asked of the interpreter, in which vLLM was imported first."""
+    code = (
+        "import sys, vllm.v1.engine.llm_engine, vllm.engine.arg_utils, starlette.applications, uvicorn\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import nemo_opd.engines.vllm.server, nemo_opd.engines.vllm.teacher, nemo_opd.engines.vllm.receiver\n"
+        "own = {name.partition('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)\n"
+        "sys.exit(0 if own == {'nemo_opd'} else str(own))"
+    )
+    need_vllm()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_the_image_installs_is_what_the_project_requires_without_torch() -> None:
+    image_packages = _image_packages()
     ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     remaining = image_packages.requirements(ROOT / "pyproject.toml")
     assert set(ours) - set(remaining) == {next(line for line in ours if line.startswith("torch=="))}

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nemo_opd.engines.vllm.settings import ServerSettings
+from nemo_opd.errors import ConfigError
 from nemo_opd.reliability.files import private_descriptor, private_folder, write_private
 from nemo_opd.types import StopRequested
 
@@ -28,6 +29,23 @@ _WATCH_SECONDS = 1.0
 _END_SECONDS = 10.0
 _TAIL = 15
 """Lines of the log of a server that did not start which are shown."""
+
+
+PYTHON_VARIABLE = "NEMO_OPD_SERVER_PYTHON"
+"""Names the interpreter of servers, where vLLM and the trainer want different versions of torch and each has an
+environment of its own (as in our Dockerfile). Not a setting of recipes, which run no code."""
+
+
+def server_python(environment: Mapping[str, str] = os.environ) -> str:
+    """The interpreter that servers are started with: this process's own unless the variable names another.
+
+    Raises ConfigError where that cannot be run.
+    """
+    named = environment.get(PYTHON_VARIABLE)
+    if named and not os.access(named, os.X_OK):
+        expected = "an interpreter with vLLM and nemo_opd"
+        raise ConfigError(PYTHON_VARIABLE, f"{named}, which cannot be run", expected, "correct or unset it")
+    return named or sys.executable
 
 
 class ServerFailed(RuntimeError):
@@ -60,7 +78,7 @@ class LocalServers:
         private_folder(self._logs)
         with os.fdopen(private_descriptor(self._log(name), os.O_WRONLY | os.O_APPEND), "ab") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "nemo_opd.engines.vllm.server", str(file)],
+                [server_python(), "-m", "nemo_opd.engines.vllm.server", str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

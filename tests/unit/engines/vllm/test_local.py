@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from nemo_opd.engines.vllm import local
-from nemo_opd.engines.vllm.local import LocalServers, ServerFailed
+from nemo_opd.engines.vllm.local import PYTHON_VARIABLE, LocalServers, ServerFailed, server_python
 from nemo_opd.engines.vllm.settings import WRITER, ServerSettings
+from nemo_opd.errors import ConfigError
 
 STAND_IN = """#!{python}
 import json, os, sys, time
@@ -90,3 +91,12 @@ def test_a_server_that_does_not_start_says_why(servers: LocalServers) -> None:
     servers.start("0", settings("broken"))
     with pytest.raises(ServerFailed, match=r"ended \(status 1\) before it listened: see .*\nno such model"):
         servers.urls(60.0)
+
+
+def test_an_environment_of_their_own(tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    with pytest.raises(ConfigError, match=r"NEMO_OPD_SERVER_PYTHON: got .*, which cannot be run; expected an interp"):
+        server_python({PYTHON_VARIABLE: str(other)})
+    other.touch(mode=0o755)
+    assert server_python({PYTHON_VARIABLE: str(other)}) == str(other)
+    assert server_python({}) == server_python({PYTHON_VARIABLE: ""}) == sys.executable
