@@ -22,13 +22,12 @@ def layer_activations(shape: ModelShape, spread: Spread, width: int, kernels: Ke
         "norm before attention": _norm(shape.hidden, width, kernels) / outside,
         "input of the attention": width * shape.hidden / outside,
         "attention": _attention(shape, width, kernels) / spread.tp,
-        "rotary angles": 4 * shape.head * width if kernels == "local" else 0,
         "norm before the feed-forward": _norm(shape.hidden, width, kernels) / outside,
         "input of the feed-forward": width * shape.hidden / outside,
     }
     if not shape.experts:
-        return {**kept, "feed-forward": width * _gated(shape.ffn) / spread.tp}
-    return {**kept, "router": 2 * _FP32 * shape.experts / outside, "experts": _experts(shape, width) / outside}
+        return {**kept, "feed-forward": width * _gated(shape.ffn, kernels) / spread.tp}
+    return {**kept, "router": 2 * _FP32 * shape.experts / outside, "experts": _experts(shape, width, kernels) / outside}
 
 
 def layer_input(shape: ModelShape, spread: Spread, width: int) -> float:
@@ -36,21 +35,23 @@ def layer_input(shape: ModelShape, spread: Spread, width: int) -> float:
     return width * shape.hidden / spread.sequence
 
 
-def passing(shape: ModelShape, spread: Spread, width: int) -> float:
+def passing(shape: ModelShape, spread: Spread, width: int, kernels: Kernels = "te") -> float:
     """Bytes for each position of what exists only while one layer is computed, forward or backward."""
     if shape.experts:
-        return width * 2 * shape.hidden / spread.sequence + _experts(shape, width) / spread.sequence
-    return width * (2 * shape.hidden / spread.sequence + _gated(shape.ffn) / spread.tp)
+        return width * 2 * shape.hidden / spread.sequence + _experts(shape, width, kernels) / spread.sequence
+    return width * (2 * shape.hidden / spread.sequence + _gated(shape.ffn, kernels) / spread.tp)
 
 
 def _norm(size: int, width: int, kernels: Kernels) -> float:
-    """Its input and one number per position; the local one keeps input and quotient in fp32."""
-    return (2 * _FP32 if kernels == "local" else width) * size + _FP32
+    """Its input and one number per position; the local one keeps input and quotient in fp32 where both are shorter."""
+    short = kernels == "local" and width < _FP32
+    return (2 * _FP32 if short else width) * size + _FP32
 
 
-def _gated(size: int) -> int:
-    """Numbers kept of gate and up (one tensor), up with its offset, the gate's activation, and their product."""
-    return 5 * size
+def _gated(size: int, kernels: Kernels) -> int:
+    """Numbers kept of gate and up (one tensor) and their product; without our activation also up with its offset, and
+    the gate's activation."""
+    return (3 if kernels == "local" else 5) * size
 
 
 def _attention(shape: ModelShape, width: int, kernels: Kernels) -> float:
@@ -60,14 +61,15 @@ def _attention(shape: ModelShape, width: int, kernels: Kernels) -> float:
     if kernels == "te":  # value is a part of the fused projection, which is kept whole
         return width * (fused + query + key_value + query) + _FP32 * shape.heads
     kept: float = _FP32 * shape.heads
-    if shape.qk_norm:
-        kept += 2 * _FP32 * (query + key_value) + _FP32 * (shape.heads + shape.groups)
-        kept += width * (query + key_value) if width >= _FP32 else 0  # the key is a part of the projection
+    short = width < _FP32
+    if shape.qk_norm:  # in the weights' dtype the query is a copy, the key a part of the projection
+        kept += 2 * _FP32 * (query + key_value) if short else width * (query + fused)
+        kept += _FP32 * (shape.heads + shape.groups)
     repeated = shape.heads > shape.groups
-    kept += width * (3 * query if repeated else query + key_value + fused)
+    kept += width * (3 * query if repeated else query + key_value + (0 if shape.qk_norm and not short else fused))
     return kept + width * query
 
 
-def _experts(shape: ModelShape, width: int) -> float:
+def _experts(shape: ModelShape, width: int, kernels: Kernels) -> float:
     """For each of a token's experts its copy on the way in and out, and the expert's feed-forward; load is even."""
-    return shape.experts_per_token * width * (2 * shape.hidden + _gated(shape.expert_ffn))
+    return shape.experts_per_token * width * (2 * shape.hidden + _gated(shape.expert_ffn, kernels))

@@ -197,12 +197,12 @@ def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, fl
     layers = student.shape.layers // student.spread.pp
     in_flight = min(setting.rows, student.spread.pp - stage)
     kept = sum(layer_activations(student.shape, student.spread, student.width, kernels).values())
-    moving = row * passing(student.shape, student.spread, student.width)
+    moving = row * passing(student.shape, student.spread, student.width, kernels)
     again = row * (in_flight * layers * layer_input(student.shape, student.spread, student.width) + kept)
-    parts = {"activations": row * in_flight * layers * kept, "backward of a layer": moving}
-    if stage == student.spread.pp - 1:
-        parts |= dict(_loss(setting, kernels))
-    return parts, again
+    beside = {"backward of a layer": moving}
+    if stage == student.spread.pp - 1:  # the loss lets its buffers go before backward enters the layers
+        beside = max(beside, dict(_loss(setting, kernels)), key=lambda parts: sum(parts.values()))
+    return {"activations": row * in_flight * layers * kept, **beside}, again
 
 
 def _loss(setting: Setting, kernels: Kernels) -> Iterator[tuple[str, float]]:
