@@ -94,6 +94,8 @@ def _single_changes(config: Config) -> Iterator[Change]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if train.micro_batch_tokens > longest:
         yield (("train.micro_batch_tokens", longest),)
+    if student.recompute != "full":
+        yield (("student.recompute", "full"),)
     if train.loss_chunk_tokens > _SMALLEST_CHUNK:
         yield (("train.loss_chunk_tokens", _SMALLEST_CHUNK),)
     share = round(config.rollout.servers.memory_share - 0.1, 2)

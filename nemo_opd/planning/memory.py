@@ -202,7 +202,8 @@ def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, fl
     beside = {"backward of a layer": moving}
     if stage == student.spread.pp - 1:  # the loss lets its buffers go before backward enters the layers
         beside = max(beside, dict(_loss(setting, kernels)), key=lambda parts: sum(parts.values()))
-    return {"activations": row * in_flight * layers * kept, **beside}, again
+    whole = again if setting.config.student.recompute == "full" else row * in_flight * layers * kept
+    return {"activations": whole, **beside}, again
 
 
 def _loss(setting: Setting, kernels: Kernels) -> Iterator[tuple[str, float]]:

@@ -90,7 +90,8 @@ def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:
     spread, rows = student.spread, setting.rows
     positions = setting.positions / spread.dp
     efficiency = assumed.expert_efficiency if student.shape.experts else assumed.train_efficiency
-    arithmetic = _PASSES * positions * _forward(student.shape, setting.prompt + setting.written)
+    passes = _PASSES + (setting.config.student.recompute == "full")
+    arithmetic = passes * positions * _forward(student.shape, setting.prompt + setting.written)
     stage = arithmetic / (spread.tp * spread.pp) / (gpu.bf16 * efficiency)
     stage += sum(flow.seconds for flow in moved if flow.part == "train")
     loss = _loss(setting) + sum(flow.seconds for flow in moved if flow.part == "loss")
