@@ -29,8 +29,10 @@ def name(path: Path) -> str:
 def test_the_pairs_that_are_promised_are_there() -> None:
     assert {name(path) for path in PLANNED} == {
         "qwen3-1.7b_from_qwen3-32b/1_node",
+        "qwen3-1.7b_from_qwen3-32b/1_node_fp8",
         "qwen3-8b_from_qwen3-32b/2_nodes",
         "qwen3-8b_from_qwen3-32b/8_nodes",
+        "qwen3-8b_from_qwen3-32b/8_nodes_fp8",
         "llama-3.2-3b_from_llama-3.3-70b/4_nodes",
         "qwen3-30b-a3b_from_qwen3-32b/8_nodes",
         "qwen3-8b_from_qwen3-235b-a22b/served_teacher",
@@ -56,7 +58,7 @@ def test_a_recipe_is_short_and_says_where_its_data_come_from(path: Path) -> None
 def test_a_recipe_fits_and_uses_the_nodes_of_its_name(path: Path) -> None:
     found = plan(make_setting(read_recipe(path, ()), Options()))
     assert found.problems == []
-    if path.stem.endswith(("_node", "_nodes")):
+    if path.stem.removesuffix("_fp8").endswith(("_node", "_nodes")):
         assert found.setting.nodes == int(path.stem.partition("_")[0])
     assert found.worst.peak[1] < 0.9 * found.setting.cluster.gpu.memory, "room for what a plan does not know"
 
