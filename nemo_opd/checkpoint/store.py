@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -149,6 +149,7 @@ class CheckpointStore:
         self._layout = {"processes": processes.size, **(layout or {})}
         self._under_way: _Writing | None = None
         self._thread: threading.Thread | None = None
+        self._deleting: threading.Thread | None = None
         self._verified: set[Path] = set()
         self._bad: set[Path] = set()
         self._on_first(self._prepare)
@@ -206,7 +207,7 @@ class CheckpointStore:
         """
         texts = {CONFIG_FILE: config_text.encode(), STATE_FILE: json.dumps(asdict(state), indent=1).encode()}
         self.wait()
-        writing = self._begin(trainer, state.step, {**files, **texts})
+        writing = self._begin(trainer, state.step, {**files, **texts}, background)
         if background:
             self._under_way = writing
             self._thread = threading.Thread(target=writing.write, name=f"save of step {state.step}", daemon=True)
@@ -224,14 +225,20 @@ class CheckpointStore:
         if self._under_way is not None and self._thread is not None:
             failed = self._processes.any(bool(self._under_way.error))
             if failed or not self._processes.any(self._thread.is_alive()):
-                self.wait()
+                self._settle(training=True)
 
     def wait(self) -> None:
         """The same, when it has been written; nothing without one. Collective."""
+        self._settle(training=False)
+
+    def _settle(self, training: bool) -> None:
+        """`training`: what takes long and can wait is left to a thread."""
+        if self._deleting is not None:
+            self._deleting.join()
         if self._under_way is not None and self._thread is not None:
             writing, self._under_way = self._under_way, None
             self._thread.join()
-            self._commit(writing)
+            self._commit(writing, training)
 
     def load(self, path: Path, trainer: Trainer) -> RunState:
         """Bring the trainer to the checkpoint's state and return the rest of it. Collective.
@@ -243,10 +250,10 @@ class CheckpointStore:
         trainer.load(path / MODEL_FOLDER)
         return read_state(path)
 
-    def _begin(self, trainer: Trainer, step: int, files: Mapping[str, bytes]) -> _Writing:
+    def _begin(self, trainer: Trainer, step: int, files: Mapping[str, bytes], background: bool) -> _Writing:
         begin = time.perf_counter()
         temporary = self.folder / self._on_first(lambda: self._make_temporary(step))
-        snapshot = trainer.snapshot(temporary / MODEL_FOLDER)
+        snapshot = trainer.snapshot(temporary / MODEL_FOLDER, background)
         writing = _Writing(step, temporary, snapshot, files if self._processes.is_first else {})
         writing.seconds += time.perf_counter() - begin
         return writing
@@ -257,7 +264,7 @@ class CheckpointStore:
         (self.folder / name / MODEL_FOLDER).mkdir()
         return name
 
-    def _commit(self, writing: _Writing) -> Path:
+    def _commit(self, writing: _Writing, training: bool = False) -> Path:
         """All processes have written: make it a checkpoint, or fail on all of them. Collective."""
         begin = time.perf_counter()
         self._fail_together(writing)
@@ -270,7 +277,7 @@ class CheckpointStore:
         self._verified.add(final)
         self._bad.discard(final)
         if self._processes.is_first:
-            self._retain()
+            self._retain(training)
         self._processes.barrier()
         if self._saved is not None:
             self._saved(writing.seconds + time.perf_counter() - begin)
@@ -310,15 +317,16 @@ class CheckpointStore:
         faults.hit("ckpt.after_rename")
         return ""
 
-    def _retain(self) -> None:
+    def _retain(self, training: bool) -> None:
         """Drop the oldest beyond `keep`. Only those count that hold as far as sizes go and did not fail a closer look;
         the newest of them was written just now. What does not hold is left for a person to look at."""
         good = [path for path in commit.committed(self.folder) if path not in self._bad and _has_manifest(path)]
-        for old in good[: -self._keep]:
-            try:
-                commit.discard(old)
-            except OSError as error:  # the run does not depend on it
-                log.warning("%s could not be removed: %s", old.name, error)
+        old = good[: -self._keep]
+        if not training:
+            _discard(old)
+        elif old:
+            self._deleting = threading.Thread(target=_discard, args=(old,), name="old checkpoints", daemon=True)
+            self._deleting.start()
 
     def _problem(self, path: Path) -> str:
         """What is wrong with a checkpoint, the same on every rank; empty when it holds. The ranks share the reading."""
@@ -398,6 +406,14 @@ def _none_holds(folder: Path, problems: list[str]) -> ConfigError:
         "put one back from a copy, or choose another run.dir to start anew; one without manifest.json was written by "
         "an earlier version: export it with that version and start from the export",
     )
+
+
+def _discard(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            commit.discard(folder)
+        except OSError as error:  # the run does not depend on it
+            log.warning("%s could not be removed: %s", folder.name, error)
 
 
 def _has_manifest(path: Path) -> bool:

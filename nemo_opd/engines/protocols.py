@@ -83,8 +83,12 @@ class Trainer(Protocol):
     def export_weights(self) -> Iterator[NamedTensor]:
         """Every weight under its Hugging Face name, one at a time, whole on every rank. Collective: exhaust it."""
 
-    def snapshot(self, folder: Path) -> Snapshot:
-        """Model, optimizer and schedule as they are now, to be written into an existing empty folder. Collective."""
+    def snapshot(self, folder: Path, background: bool = False) -> Snapshot:
+        """Model, optimizer and schedule, to be written into an existing empty folder. Collective.
+
+        With `background` they are copied, so that training may go on before they are written; there is one such
+        snapshot at a time. Without, they are written as they are then.
+        """
 
     def load(self, folder: Path) -> None:
         """Read back what a snapshot wrote, possibly under another layout. Collective."""

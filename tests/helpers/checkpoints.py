@@ -32,7 +32,7 @@ class FileTrainer:
     def __init__(self, value: str = "", rank: int = 0) -> None:
         self.value, self.rank = value, rank
 
-    def snapshot(self, folder: Path) -> FileSnapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> FileSnapshot:
         return FileSnapshot(folder, self.value, self.rank)
 
     def load(self, folder: Path) -> None:

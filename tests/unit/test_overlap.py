@@ -182,7 +182,7 @@ class Trainer:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "weight", torch.zeros(1)
 
-    def snapshot(self, folder: Path) -> Snapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> Snapshot:
         return FileSnapshot(folder, "", 0)
 
     def load(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_opd.engines.megatron import cpu, reading
 from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.model import HiddenStateModel
-from nemo_opd.engines.megatron.shards import ShardSnapshot
+from nemo_opd.engines.megatron.shards import Copies, ShardSnapshot
 from nemo_opd.errors import ConfigError
 
 _OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
@@ -31,10 +31,11 @@ def snapshot(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None = None,
+    copies: Copies | None = None,
 ) -> ShardSnapshot:
-    """Copy all that a save into an existing empty folder writes. Collective."""
+    """All that a save into an existing empty folder writes, copied where it is said whereto. Collective."""
     with cpu.megatron_device():
-        return ShardSnapshot(folder, _sharded_state(model, optimizer, schedule, average, is_loading=False))
+        return ShardSnapshot(folder, _sharded_state(model, optimizer, schedule, average, is_loading=False), copies)
 
 
 def load(

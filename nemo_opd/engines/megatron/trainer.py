@@ -35,6 +35,7 @@ from nemo_opd.engines.megatron.families import Architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
+from nemo_opd.engines.megatron.shards import Copies
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
 from nemo_opd.engines.protocols import Accepts, NamedTensor, Place, Snapshot
 from nemo_opd.packing import empty_row, with_payload
@@ -80,6 +81,7 @@ class MegatronTrainer:
         self._teacher_outputs: dict[int, OutputLayer] = {}
         self._average: WeightAverage | None = None
         self._names: tuple[str, ...] | None = None
+        self._copies = Copies()
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
             overlap = config.optimizer.overlap_grad_reduce
@@ -182,9 +184,10 @@ class MegatronTrainer:
         """See `Trainer.export_weights`. Tensors may share memory with the model."""
         return export_hf_weights(self.model, self.architecture)
 
-    def snapshot(self, folder: Path) -> Snapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> Snapshot:
         """See `Trainer.snapshot`."""
-        return checkpoint.snapshot(folder, self.model, self._optimizer, self._schedule, self._average)
+        copies = self._copies if background else None
+        return checkpoint.snapshot(folder, self.model, self._optimizer, self._schedule, self._average, copies)
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`."""

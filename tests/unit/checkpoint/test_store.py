@@ -25,7 +25,7 @@ class FailingSnapshot(FileSnapshot):
 
 
 class FailingTrainer(FileTrainer):
-    def snapshot(self, folder: Path) -> FileSnapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> FileSnapshot:
         return FailingSnapshot(folder, "", 0)
 
 
@@ -184,7 +184,7 @@ class SlowTrainer(FileTrainer):
         self.may_write = threading.Event()
         self.fails = fails
 
-    def snapshot(self, folder: Path) -> FileSnapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> FileSnapshot:
         return SlowSnapshot(folder, self)
 
 

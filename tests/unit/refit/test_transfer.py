@@ -48,7 +48,7 @@ class Exporter:
     def load(self, folder: Path) -> None:
         raise AssertionError("not part of a refit")
 
-    def snapshot(self, folder: Path) -> Snapshot:
+    def snapshot(self, folder: Path, background: bool = False) -> Snapshot:
         raise AssertionError("not part of a refit")
 
 
