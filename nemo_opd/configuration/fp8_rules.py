@@ -21,6 +21,9 @@ def fp8_rules(key: str, config: Config, model: LayoutConfig, sizes: ModelSizes) 
     if config.student.dtype != "bfloat16" if model is config.student else getattr(model, "dtype", "") != "bfloat16":
         got = f"{fp8.recipe} beside {key}.dtype={getattr(model, 'dtype', None)}"
         raise ConfigError(f"{key}.fp8.recipe", got, "bfloat16 beside FP8", f"set {key}.dtype=bfloat16")
+    if sizes.experts:
+        expected = "none for a mixture of experts: how many tokens an expert gets is no multiple of what FP8 wants"
+        raise ConfigError(f"{key}.fp8.recipe", fp8.recipe, expected, "leave it out")
     _layers(key, fp8, sizes.layers // model.pipeline_model_parallel_size)
     _shapes(key, fp8.recipe, model.tensor_model_parallel_size, sizes)
     if fp8.param_gather and (model is not config.student or config.optimizer.distributed is False):

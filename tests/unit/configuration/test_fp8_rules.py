@@ -93,3 +93,10 @@ def test_a_self_teacher_scores_in_the_students_precision(recipe: Path) -> None:
     assert load(recipe, [*settings, *more]).teacher.fp8.recipe == "none"
     with pytest.raises(ConfigError, match=r"teacher.fp8: got .*expected the student's"):
         load(recipe, [*settings, *more, "teacher.fp8.recipe=tensorwise"])
+
+
+def test_experts_are_refused(recipe: Path, tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    write_model(tmp_path / "experts", **WIDE, **experts, architectures=["Qwen3MoeForCausalLM"])
+    with pytest.raises(ConfigError, match=r"student\.fp8\.recipe: got tensorwise; expected none for a mixture of expe"):
+        load(recipe, ["student.model=experts", "teacher.model=wider", "student.fp8.recipe=tensorwise"])
