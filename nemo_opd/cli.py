@@ -71,11 +71,13 @@ examples:
   nemo-opd doctor my.yaml
   nemo-opd doctor my.yaml rollout.engine=vllm --prompts 16 --tokens 256
   nemo-opd doctor my.yaml --static                              no model is built
+  nemo-opd doctor my.yaml --static --gpu h200                   and memory as `plan` has it
   nemo-opd doctor my.yaml --bound kl=0.005 --json
 
-What would make this run fail or lie: versions, disk, servers, token ids, ends, chat templates; then trainer, generator
-and teacher are built as `train` builds them and compared on the same sequences. Prints a table with every number and
-its bound, and exits with 1 when a check failed. Trains nothing, writes nothing into run.dir. See docs/doctor.md.
+What would make this run fail or lie: versions, disk, servers, GPUs and their memory, the SLURM job, token ids, ends,
+chat templates; then trainer, generator and teacher are built as `train` builds them, ranks are compared with each other
+and engines on the same sequences. Prints a table with every number and its bound, and exits with 1 when a check failed.
+Trains nothing, writes nothing into run.dir. See docs/doctor.md.
 """
 
 _PLAN = """
@@ -217,6 +219,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="load models once more on another engine to compare with (auto: up to 4 GiB)",
     )
+    parser.add_argument("--gpu", choices=tuple(GPUS), help="compare memory with such a GPU (default: the one here)")
     parser.add_argument("--bound", metavar="NAME=N", action="append", default=[], help="another bound; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     _add_overrides(parser, "settings that win over the recipe's")

@@ -63,7 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"prompts", *NOUNS},
     "cluster": {"configuration", "reliability", *NOUNS},
     "doctor": {
-        *("configuration", "engines.protocols", "engines.vllm.settings", "prompts", "rollout", *NOUNS),
+        *("cluster.plan", "configuration", "engines.protocols", "engines.vllm.settings", "planning", "prompts"),
+        *("reliability.budget", "rollout", *NOUNS),
     },
     "accounts": {"checkpoint", "reliability", "rollout", *NOUNS},
     "loop": {

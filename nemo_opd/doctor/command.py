@@ -9,17 +9,22 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nemo_opd import worker
 from nemo_opd.config import Config
 from nemo_opd.configuration.check import launched_processes, world_size
 from nemo_opd.configuration.load import load, to_yaml
+from nemo_opd.doctor.container import container_findings
 from nemo_opd.doctor.disk import disk_findings
 from nemo_opd.doctor.finding import Finding, Verdict, as_json, failed, table
+from nemo_opd.doctor.gpus import gpu_findings
 from nemo_opd.doctor.installed import version_findings
+from nemo_opd.doctor.memory import memory_findings
 from nemo_opd.doctor.network import network_findings
 from nemo_opd.doctor.options import Options
+from nemo_opd.doctor.slurm import slurm_findings
 from nemo_opd.doctor.tokens import token_findings
 from nemo_opd.doctor.worker import OPTIONS, RECIPE, read_findings, run
 from nemo_opd.errors import ConfigError
@@ -34,7 +39,10 @@ FAILED = 1
 CHECKS: tuple[Callable[[Config], list[Finding]], ...] = (
     version_findings,
     disk_findings,
+    container_findings,
     network_findings,
+    gpu_findings,
+    slurm_findings,
     token_findings,
 )
 """What is looked at before any model is built. A check is a function of the configuration that gives findings."""
@@ -46,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     options = Options(args.prompts, args.tokens, args.reference, args.bound)
     launched = launched_processes() is not None
     rank = worker.join_launcher() if launched else 0
-    findings = static_findings(config)
+    findings = static_findings(config, args.gpu)
     if args.static:
         findings.append(Finding("models", Verdict.SKIPPED, "--static"))
     elif failed(findings):
@@ -61,10 +69,12 @@ def main(args: argparse.Namespace) -> int:
     return FAILED if failed(findings) else 0
 
 
-def static_findings(config: Config) -> list[Finding]:
-    """Of all `CHECKS`; one that the configuration breaks is a failed check, and the others go on."""
+def static_findings(config: Config, gpu: str | None = None) -> list[Finding]:
+    """Of all `CHECKS`, and of memory on the GPU of that name; one that the configuration breaks is a failed check, and
+    the others go on."""
+    checks: list[Callable[[Config], list[Finding]]] = [*CHECKS, partial(memory_findings, gpu=gpu)]
     findings = []
-    for check in CHECKS:
+    for check in checks:
         try:
             findings += check(config)
         except ConfigError as error:

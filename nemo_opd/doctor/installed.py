@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from nemo_opd.config import Config
 from nemo_opd.doctor.finding import Finding, Verdict
 
 PACKAGE = "nemo_opd"
+SERVER_PYTHON = "NEMO_OPD_SERVER_PYTHON"
+"""Environment variable with servers' interpreter, where it is another than this (`nemo_opd.engines.vllm.local`)."""
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 
 FLOORS: dict[str, tuple[str, str]] = {
@@ -50,11 +53,12 @@ def version_findings(config: Config) -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         way_out = "install it (pip install -e .), so that versions can be compared"
         return [Finding("versions: nemo_opd", Verdict.WARN, "not installed", "installed", way_out)]
-    return [python(metadata["Requires-Python"]), *packages(named, starts_servers(config)), *unsafe()]
+    here = starts_servers(config) and not os.environ.get(SERVER_PYTHON)
+    return [python(metadata["Requires-Python"]), *packages(named, here), *unsafe()]
 
 
 def starts_servers(config: Config) -> bool:
-    """Does the run start vLLM itself, so that it is needed here?"""
+    """Does the run start vLLM itself?"""
     engines = [(config.rollout.engine, config.rollout.servers)]
     engines += [(teacher.engine, teacher.servers) for teacher in config.every_teacher().values()]
     return any(engine == "vllm" and servers.urls is None for engine, servers in engines)

@@ -24,6 +24,9 @@ from nemo_opd.doctor.probe import (
     sampling_findings,
     teacher_findings,
 )
+from nemo_opd.doctor.ranks import rank_findings
+from nemo_opd.engines.megatron import cpu
+from nemo_opd.engines.megatron.model import DTYPES
 from nemo_opd.engines.megatron.parallel import init_distributed
 from nemo_opd.engines.megatron.scorer import MegatronScorer
 from nemo_opd.engines.megatron.trainer import MegatronTrainer
@@ -49,6 +52,7 @@ def measure(config: Config, options: Options, report: Report) -> None:
     """
     init_distributed()
     processes = Processes.current()
+    report(rank_findings(processes, DTYPES[config.student.dtype], cpu.device()))
     tokenizer = load_tokenizer(config.student.model)
     prompts = PromptStream(config.data, tokenizer, config.run.seed, config.prefix.reads_responses)
     probe = Probe(processes, prompts.take(options.prompts), config.run.seed, decoder(tokenizer))

@@ -46,13 +46,13 @@ class TimeBudget:
             limit: seconds from now on; None: the job's end alone counts.
         """
         self._now = now
-        self._file = None if run_dir is None else run_dir / "control" / "last-save.json"
+        self._file = None if run_dir is None else _save_file(run_dir)
         ends = [] if limit is None else [now() + limit]
         if run_dir is not None and (end := _number(environment.get(END_VARIABLE))):
             ends.append(end)
         self._end = min(ends, default=math.inf)
         self._grace = _number(environment.get(GRACE_VARIABLE)) if run_dir is not None else None
-        self._save = self._remembered()
+        self._save = (last_save(run_dir) if run_dir is not None else None) or 0.0
         self._rest = 0.0
 
     @property
@@ -88,11 +88,17 @@ class TimeBudget:
         """A step took so long after its rollouts were there."""
         self._rest = seconds
 
-    def _remembered(self) -> float:
-        try:
-            return 0.0 if self._file is None else float(json.loads(self._file.read_text())["seconds"])
-        except (OSError, ValueError, TypeError, KeyError):  # the first attempt, or a damaged file
-            return 0.0
+
+def last_save(run_dir: Path) -> float | None:
+    """Seconds that the last save of an earlier attempt took."""
+    try:
+        return float(json.loads(_save_file(run_dir).read_text())["seconds"])
+    except (OSError, ValueError, TypeError, KeyError):  # the first attempt, or a damaged file
+        return None
+
+
+def _save_file(run_dir: Path) -> Path:
+    return run_dir / "control" / "last-save.json"
 
 
 def _number(text: str | None) -> float | None:

@@ -134,7 +134,16 @@ def doctor(rank: int, workspace: Path, folder: Path, words: list[str], options: 
     destroy_student_groups()  # of an earlier test in this process
     recipe = folder / "recipe.yaml"
     recipe.write_text(to_yaml(workspace_config(workspace, run_dir=folder / "run")))
-    given = {"prompts": 4, "tokens": 12, "reference": "auto", "bound": {}, "static": False, "json": True, **options}
+    given = {
+        "prompts": 4,
+        "tokens": 12,
+        "reference": "auto",
+        "bound": {},
+        "static": False,
+        "json": True,
+        "gpu": None,
+        **options,
+    }
     with redirect_stdout(io.StringIO()) as output:
         code = command.main(argparse.Namespace(recipe=recipe, overrides=words, **given))
     return code, json.loads(output.getvalue())
@@ -147,9 +156,15 @@ def asked(pool: RankPool, workspace: Path, folder: Path, *words: str, **options:
     return code, {one["name"]: one for one in document["findings"]}
 
 
+def wrong(found: dict[str, Any]) -> dict[str, str]:
+    """Rows that are not ok, but for those about a cluster and a GPU that are not here."""
+    elsewhere = {"memory", "slurm"}
+    return {name: one["verdict"] for name, one in found.items() if one["verdict"] != "ok" and name not in elsewhere}
+
+
 def test_a_recipe_without_a_mismatch(ranks1: RankPool, workspace: Path, tmp_path: Path) -> None:
     code, found = asked(ranks1, workspace, tmp_path)
-    assert code == 0 and {one["verdict"] for one in found.values()} == {"ok"}
+    assert code == 0 and wrong(found) == {}
     assert {
         *(
             "versions: packages",
@@ -250,7 +265,9 @@ def test_models_that_are_spread_over_processes(ranks2: RankPool, workspace: Path
 
     assert ranks2.run(in_two_processes, workspace, tmp_path) == [True, True]
     found = read_findings(tmp_path)
-    assert set(verdicts(found).values()) == {"ok"} and len(found) == len({one.name for one in found}) == 18
+    slow = {one.name for one in found if one.name.endswith("slowest over median")}  # another process may be the reason
+    assert {one.verdict.value for one in found if one.name not in slow} == {"ok"} and len(slow) == 2
+    assert len(found) == len({one.name for one in found}) == 23
     assert {one.found for one in found if one.name.endswith("tokens compared")} != {"0 of 0"}
 
 
@@ -288,5 +305,5 @@ def test_what_vllm_serves(
     """The teacher's server is followed by one with the student in its place."""
     need_vllm()
     code, found = asked(ranks1, workspace, tmp_path, *words)
-    assert code == 0 and {one["verdict"] for one in found.values()} == {"ok"}
+    assert code == 0 and wrong(found) == {}
     assert rows <= set(found)
