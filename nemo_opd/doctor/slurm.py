@@ -36,6 +36,8 @@ class Job:
     """Processes of the trainer on each of its nodes."""
     grace: float | None = None
     """Seconds between the signal to stop and the end that the run is told of."""
+    by_script: bool = True
+    """Do its processes come from opd.sh? A person in a job of one node may start others by hand."""
 
 
 def show_job(number: str) -> str:
@@ -80,7 +82,8 @@ def job_of(environment: Mapping[str, str], folder: Path = Path()) -> Job | None:
     each = local or site.per_node or _count(environment.get("SLURM_GPUS_ON_NODE")) or 1
     told = environment.get(GRACE_VARIABLE, "")
     seconds = float(told) if told.isdigit() else site.grace
-    return Job(known if len(known) == len(counts) else None, each, seconds)
+    nodes = known if len(known) == len(counts) else None
+    return Job(nodes, each, seconds, GRACE_VARIABLE in environment)
 
 
 def trainer_nodes(config: Config, job: Job) -> int:
@@ -109,7 +112,8 @@ def placed(config: Config, job: Job) -> list[Finding]:
         nodes = _dealt(config, job)
         processes = world_size(_with_processes(config, len(nodes[TRAINER]) * job.per_node), {})
     except ConfigError as error:
-        return [Finding(f"{name}: {error.key}", Verdict.FAIL, str(error.got), error.expected, error.way_out)]
+        verdict = Verdict.FAIL if job.by_script or sum(job.nodes) > 1 else Verdict.WARN
+        return [Finding(f"{name}: {error.key}", verdict, str(error.got), error.expected, error.way_out)]
     servers = "".join(f", {len(nodes[role])} of {role} servers" for role in ROLES if role != TRAINER and nodes[role])
     return [Finding(name, Verdict.OK, f"{len(nodes[TRAINER])} x {job.per_node} = {processes}{servers}", bound)]
 

@@ -79,6 +79,15 @@ def test_nodes_of_a_job(
     assert found[row].verdict is verdict
 
 
+def test_one_node_where_a_person_starts_what_they_like(workspace: Path) -> None:
+    """A shell of salloc on one GPU: opd.sh would refuse, `train` by hand starts four processes."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+    row = "nodes and processes: train.processes"
+    assert rows(recipe(workspace), job)[row].verdict is Verdict.WARN
+    assert rows(recipe(workspace), {**job, "NEMO_OPD_GRACE": "180"})[row].verdict is Verdict.FAIL
+    assert rows(recipe(workspace), {**job, "SLURM_JOB_NUM_NODES": "3"})[row].verdict is Verdict.FAIL
+
+
 def test_processes_that_a_job_gives(workspace: Path) -> None:
     config = recipe(workspace, rollout_nodes=1)
     assert all_processes(config, JOB) == 24
