@@ -206,7 +206,8 @@ def _site(folder: Path) -> Job:
         text = (folder / SITE).read_text(encoding="utf-8")
     except OSError:
         return Job(grace=180.0)
-    values = dict(re.findall(r"^(grace|processes_per_node)=(\S*)\s*(?:#.*)?$", text, re.MULTILINE))
+    words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
+    values = dict(word.split("=", 1) for word in words if word.startswith(("grace=", "processes_per_node=")))
     seconds = values.get("grace", "180")
     return Job(per_node=_count(values.get("processes_per_node")), grace=float(seconds) if seconds.isdigit() else None)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.site import ROOT, SECONDS, wait_for_job
+from tests.slurm.site import ROOT, SECONDS, Site, wait_for_job
 
 JOB = """\
 #!/bin/bash
@@ -25,6 +31,45 @@ if ((${SLURM_RESTART_COUNT:-0} == 0)); then
     requeue
 fi
 """
+
+
+DOCTOR = """\
+import json, sys
+from pathlib import Path
+from nemo_opd.configuration.load import load
+from nemo_opd.doctor.slurm import slurm_findings
+for row in slurm_findings(load(Path("recipe.yaml"), sys.argv[1:])):
+    sys.stdout.write(row.to_json() + chr(10))
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "wrong"),
+    [
+        ((), (), {}),
+        (
+            ("student.tensor_model_parallel_size=4",),
+            ("--no-requeue",),
+            {"slurm: nodes and processes: train.processes": "fail", "slurm: requeue": "warn"},
+        ),
+    ],
+    ids=["fits", "does not"],
+)
+def test_what_the_preflight_finds_in_a_job(
+    site: Site, cluster: Cluster, tmp_path: Path, overrides: tuple[str, ...], options: tuple[str, ...], wrong: Any
+) -> None:
+    (tmp_path / "look.py").write_text(DOCTOR)
+    export = f"export PYTHONPATH={shlex.quote(str(ROOT))}"
+    command = shlex.join([sys.executable, str(tmp_path / "look.py"), *overrides])
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{export}\n{command} > {shlex.quote(str(tmp_path / 'rows'))}\n")
+    given = ["--parsable", "--time=10", "--nodes=2", "--output=/dev/null", "--requeue", *options]
+    job = cluster.call("sbatch", *given, str(tmp_path / "job.sh"), cwd=site.folder).partition(";")[0]
+    wait_for_job(cluster, job, "COMPLETED", restarts=0, seconds=SECONDS, explain=cluster.logs)
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "rows").read_text().splitlines())}
+    assert {name: row["verdict"] for name, row in rows.items() if row["verdict"] != "ok"} == wrong
+    assert len(rows) == 4 and rows["slurm: end of the job"]["found"] == "limit 00:10:00"
+    assert rows["slurm: last save, s"]["bound"] == "at most 60"
+    assert wrong or rows["slurm: nodes and processes"]["found"] == "2 x 1 = 2"
 
 
 def test_roles_of_a_heterogeneous_job_which_is_requeued_as_a_whole(cluster: Cluster, tmp_path: Path) -> None:

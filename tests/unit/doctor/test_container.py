@@ -67,6 +67,12 @@ def test_what_an_interpreter_answers(tmp_path: Path, answer: str, failed: set[st
     assert all(row.way_out for row in rows if row.verdict is not Verdict.OK)
 
 
+def test_it_is_the_variable_that_servers_are_started_by() -> None:
+    from nemo_opd.engines.vllm.local import PYTHON_VARIABLE
+
+    assert SERVER_PYTHON == PYTHON_VARIABLE
+
+
 def test_an_interpreter_that_is_not_there(served: Config) -> None:
     (row,) = container_findings(served, {SERVER_PYTHON: "/no/python"})
     assert row.verdict is Verdict.FAIL and "/no/python" in str(row.found)

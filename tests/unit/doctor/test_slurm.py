@@ -161,8 +161,10 @@ def test_scripts_that_do_not_fit(workspace: Path, queue: dict[str, str], tmp_pat
 
 def test_processes_per_node_of_the_site(workspace: Path, queue: dict[str, str], tmp_path: Path) -> None:
     lines = "#SBATCH --nodes=3\n#SBATCH --gpus-per-node=6"
-    found = rows(recipe(workspace), queue, folder=scripts(tmp_path, lines, "processes_per_node=4\n"))
-    assert found["nodes and processes"].found == "3 x 4 = 12"
+    found = rows(
+        recipe(workspace), queue, folder=scripts(tmp_path, lines, "processes_per_node=4 grace=60\n# grace=7\n")
+    )
+    assert found["nodes and processes"].found == "3 x 4 = 12" and found["last save, s"].bound == "at most 60"
     assert found["signal before the end, s"].verdict is Verdict.WARN
 
 
