@@ -197,7 +197,7 @@ def _attempt(rank: int, overrides: Sequence[str], breaks: str = "") -> int:
 def _remembered(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """What a run says of its steps, apart from the time they took, and all that it wrote in them."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))} for line in lines]
+    steps = [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "straggler/"))} for line in lines]
     return steps, [path.read_text() for path in sorted((run_dir / "rollouts").glob("step-*.jsonl"))]
 
 

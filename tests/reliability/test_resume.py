@@ -75,7 +75,7 @@ def fresh() -> Iterator[RankPool]:
 def _remembered(run_dir: Path) -> dict[str, Any]:
     """The state of the last checkpoint, and the metrics of every step but times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))} for line in lines]
+    steps = [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "straggler/"))} for line in lines]
     state = json.loads((run_dir / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
     return {"steps": steps, **state}
 
