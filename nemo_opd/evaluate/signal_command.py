@@ -99,7 +99,7 @@ def in_one_process(config: Config) -> Config:
     if config.teachers:
         way_out = "say what to measure in `teacher`: teacher.model=... without teachers"
         raise ConfigError("teachers", ", ".join(config.teachers), "one teacher, as one is measured", way_out)
-    whole: dict[str, Any] = {field.name: field.default for field in fields(LayoutConfig)}
+    whole: dict[str, Any] = {field.name: getattr(LayoutConfig(), field.name) for field in fields(LayoutConfig)}
     student = replace(config.student, **whole)
     teacher = replace(config.teacher, **whole)
     if teacher.source != "external":

@@ -52,10 +52,10 @@ CASES = [
         "`optimizer.lr`?", ("train.lr=1e-5",)),
     Bad("unknown_section", "optimiser.lr (recipe.yaml:13): got an unknown key; expected a key of the schema; did you "
         "mean `optimizer.lr`?", new="optimiser: {lr: 1e-5}\n"),
-    Bad("section_as_value", "run: got 5; expected a section with dir, seed, accept_changes, restarts; set them one by "
-        "one, for example run.dir=...", ("run=5",)),
+    Bad("section_as_value", "run: got 5; expected a section with dir, seed, accept_changes, restarts, time_limit; set "
+        "them one by one, for example run.dir=...", ("run=5",)),
     Bad("empty_section", "run (recipe.yaml:1): got nothing; expected a section with dir, seed, accept_changes, "
-        "restarts; set them one by one, for example run.dir=...", old="run: {dir: run}", new="run:"),
+        "restarts, time_limit; set them one by one, for example run.dir=...", old="run: {dir: run}", new="run:"),
     Bad("value_as_section", "train.steps (recipe.yaml:12): got {}; expected a whole number; change the value",
         old="  steps: 10", new="  steps: {}"),
     Bad("missing_key", "train.steps: got nothing; expected a whole number; set train.steps in the recipe or on the "
