@@ -83,7 +83,9 @@ class Watchdog:
                 return None
             hang = self._told() or self._find()
             if hang is not None:
-                kill_trees([beat.pid for beat in mine])
+                self._others_at = 0.0  # a rank may have begun since the folder was listed
+                self._look()
+                kill_trees([seen.beat.pid for seen in self._seen.values() if self._is_here(seen.beat)])
                 return hang
             time.sleep(LOOK_SECONDS)
 

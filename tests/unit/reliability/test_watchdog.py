@@ -17,8 +17,10 @@ import psutil
 import pytest
 
 from nemo_opd.errors import ConfigError
+from nemo_opd.reliability import watchdog
 from nemo_opd.reliability.heartbeat import ENDED, Heartbeat, beat_file, born, forget_beats, read_beat, where
 from nemo_opd.reliability.outcome import Status, read_outcome
+from nemo_opd.reliability.suspects import Hang
 from nemo_opd.reliability.watchdog import HANG_FILE
 
 LIMIT = 4.0
@@ -42,11 +44,11 @@ with ExitStack() as stack:
     if rank == 0:
         stack.enter_context(watching(folder, "a", "a/0", {"score": limit, "rollout": 600.0, "between": 600.0}))
     with heartbeat.section("rollout"):
+        child = subprocess.Popen(["sleep", "600"])
+        (folder / f"child-{rank}").write_text(str(child.pid))
         time.sleep(0.3)
     with heartbeat.section("score"):
         (folder / f"in-{rank}").write_text(str(time.time()))
-        child = subprocess.Popen(["sleep", "600"])
-        (folder / f"child-{rank}").write_text(str(child.pid))
         if mode == "lock":
             ctypes.PyDLL(None).sleep(600)
         elif mode == "sleep":
@@ -67,7 +69,7 @@ class Ranks:
             subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), mode, str(LIMIT)])
             for rank, mode in enumerate(modes)
         ]
-        until(lambda: all((folder / f"child-{rank}").exists() for rank in range(len(modes))))
+        until(lambda: all((folder / f"in-{rank}").exists() for rank in range(len(modes))))
 
     def end(self) -> float:
         """When the last one was gone."""
@@ -171,6 +173,24 @@ def test_what_another_node_s_watchdog_found_ends_this_node_too(tmp_path: Path, r
     group.end()
     assert [process.returncode for process in group.processes] == [-signal.SIGKILL] * 2
     assert read_outcome(tmp_path) is None, "whoever found it has said so"
+
+
+def test_a_rank_that_began_after_the_last_look_is_ended_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is not listed at every look, for it may be on a slow file system."""
+    ended: list[int] = []
+    hang = Hang(0, "n1", "score", 9.0, 8.0, "x")
+    monkeypatch.setattr(watchdog, "kill_trees", ended.extend)
+    dog = watchdog.Watchdog(tmp_path, "a", "a/0", {})
+    beats = [Heartbeat(tmp_path, 0, "a/0").begin()]
+    monkeypatch.setattr(dog, "_find", lambda: beats.append(Heartbeat(tmp_path, 1, "a/0").begin()) or hang)
+    try:
+        assert dog.watch() == hang
+    finally:
+        for heartbeat in beats:
+            heartbeat.end()
+    assert ended == [os.getpid()] * 2
 
 
 def test_a_watchdog_that_was_stopped_itself_blames_nobody_for_that_time(tmp_path: Path, ranks: list[Ranks]) -> None:
