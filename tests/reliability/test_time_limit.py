@@ -27,7 +27,7 @@ def _run(rank: int, overrides: Sequence[str]) -> tuple[int, float]:
     return session.run(load(None, overrides)), time.monotonic() - begin
 
 
-@pytest.mark.parametrize(("samples", "tokens"), [(1, 8), (512, 220)])
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 8), (4096, 220)])
 def test_it_stops_at_the_same_step_on_all_ranks(ranks2: RankPool, tmp_path: Path, samples: int, tokens: int) -> None:
     """Steps of a moment, then one whose rollouts would take far longer than there is."""
     folder = make_workspace(tmp_path)
