@@ -1,4 +1,4 @@
-"""What a folder from somebody else may not ask for: that code which it names is run.
+"""What a folder from somebody else may not ask for: that code which it names is run, or that two read it differently.
 
 `transformers` refuses most of this by itself where `trust_remote_code` is off, and so does vLLM; both had holes in it
 (docs/security.md, version floors). Here it is refused before either of them sees the folder.
@@ -51,3 +51,14 @@ def refuse_code(folder: Path, key: str) -> None:
                 key, f"{field} in {folder / file}", "a model that transformers itself implements",
                 "code from a model repository is never run here; choose an architecture known to transformers",
             )  # fmt: skip
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=)`: raises ValueError where an object has a name twice, of which two
+    readers may each take another."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it has {name[:80]!r} twice")
+        values[name] = value
+    return values

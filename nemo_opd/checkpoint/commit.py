@@ -30,6 +30,7 @@ from typing import Any
 
 import nemo_opd
 from nemo_opd.errors import ConfigError
+from nemo_opd.foreign import without_doubles
 from nemo_opd.reliability import faults
 
 MANIFEST = "manifest.json"
@@ -90,7 +91,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, key: bytes) -> Manifest:
         """Read back what `to_json` wrote; with a key only what was signed with it. Raises ValueError."""
-        sealed = json.loads(text, object_pairs_hook=_without_doubles)
+        sealed = json.loads(text, object_pairs_hook=without_doubles)
         if not isinstance(sealed, dict) or not {"manifest", "sha256"} <= sealed.keys() <= _SEALED:
             raise ValueError("got no sealed manifest")
         body = sealed["manifest"]
@@ -109,15 +110,6 @@ _SEALED = {"manifest", "sha256", "hmac_sha256"}
 
 def _text(values: Any) -> str:
     return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"it has {name[:80]!r} twice")
-        values[name] = value
-    return values
 
 
 def _check_signature(got: object, body: bytes, key: bytes) -> None:

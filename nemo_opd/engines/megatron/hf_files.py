@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemo_opd.engines.megatron.families import Architecture, read_architecture, read_hf_config
 from nemo_opd.errors import ConfigError
+from nemo_opd.foreign import without_doubles
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         return None
     way_out = "copy the model again"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
         raise ConfigError(str(path), error, "JSON that says everything once", way_out) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -122,15 +123,6 @@ def read_index(folder: Path) -> dict[str, Any] | None:
                 f"{path}: {name}", repr(file), expected, "do not use this checkpoint: its index is unsafe"
             )
     return index
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"it has {name[:80]!r} twice")
-        values[name] = value
-    return values
 
 
 def check_tensors(tensors: HFTensors, architecture: Architecture) -> None:
