@@ -23,6 +23,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
@@ -190,6 +191,12 @@ def destroy_student_groups() -> None:
     layout has dozens of groups: a process that sets up a hundred layouts would do little else. Collective.
     """
     parallel_state.destroy_model_parallel()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):  # some are not forgotten
+            setattr(parallel_state, name, None)
+    for method in vars(RotaryEmbedding).values():
+        if hasattr(method, "cache_clear"):  # remembers results by module, and so modules with their groups
+            method.cache_clear()
     while _ours:
         dist.destroy_process_group(_ours.pop())
     gc.collect()  # models and optimizers hold groups in cycles, and a group's threads end with its last reference

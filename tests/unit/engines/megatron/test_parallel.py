@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -17,7 +18,10 @@ from nemo_opd.engines.megatron.parallel import (
     student_groups,
     teacher_groups,
 )
+from tests.contract.trainers import VOCAB, batch_for, build
+from tests.helpers.megatron import recipe
 from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_checkpoint
 
 
 def test_every_rank_has_its_own_coordinates() -> None:
@@ -81,3 +85,21 @@ def test_a_world_size_without_a_rendezvous_is_no_launcher() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def _threads(rank: int, folder: str) -> list[int]:
+    """After each of three trainers, which score and step, is gone."""
+    found = []
+    for _ in range(3):
+        trainer = build(recipe(Path(folder)))
+        trainer.train_step(batch_for(trainer.place, 0))
+        del trainer
+        destroy_student_groups()
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_groups_that_are_ended_leave_no_threads(ranks1: RankPool, tmp_path: Path) -> None:
+    """A layout has two dozen groups, and the threads of hundreds of forgotten ones would do nothing but wake up."""
+    ((first, *others),) = ranks1.run(_threads, str(tiny_checkpoint(tmp_path, vocab_size=VOCAB)))
+    assert others == [first, first]
