@@ -495,9 +495,15 @@ def test_a_slow_writer_holds_the_trainer_back(tmp_path: Path) -> None:
 def test_what_was_finished_when_the_run_ended_is_trained_on_by_the_next(tmp_path: Path, save_every: int) -> None:
     """Half of step 4 and all of step 5 were written: they are trained on as they are, and the other half of step 4 is
     drawn again with its seeds."""
-    first = HeldGenerator(held=[4], before=PROMPTS * SAMPLES // 2)
+    first = HeldGenerator(held=[4, 5], before=PROMPTS * SAMPLES // 2)
     run = with_generator(make_run(tmp_path, staleness=2, save_every=save_every), first)
-    stopper = stop_once(run, lambda: run.state.step == 4 and 5 in first.finished and run.ahead.finished_more(4))
+
+    def written_since_the_last_save() -> bool:
+        if (tmp_path / "checkpoints" / "step-00000004").exists() or (run.state.step == 4 and save_every > 4):
+            first.held[5].set()
+        return run.state.step == 4 and 5 in first.finished and run.ahead.finished_more(4)
+
+    stopper = stop_once(run, written_since_the_last_save)
     assert not train(run)
     stopper.join()
     newest = newest_checkpoint(tmp_path / "checkpoints")
