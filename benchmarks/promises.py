@@ -1,6 +1,6 @@
 """What nemo_opd promises when things go wrong, with the figures of its tests: runs them and writes the table.
 
-    make chaos                              every test of a promise, as often as the promise says (about 40 minutes)
+    make chaos                              every test of a promise, as often as the promise says
     python -m benchmarks.promises --short   a few times each, as `make test` does
 
 The tests are those of tests/ that call `tests.helpers.figures.record`; this page only gathers what they counted. A
