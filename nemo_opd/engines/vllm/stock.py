@@ -197,11 +197,14 @@ class StockClient:
 
     async def _asking(self, message: Form) -> Callable[[Any], Coroutine[Any, Any, Line]]:
         """How one request of `message` is asked for."""
-        about = await self._about()
         if isinstance(message, Generate):
+            # First, as a server that was left paused with half a set of weights answers nothing else.
+            version = await self._session_version(message.session)
+            about = await self._about()
             self._check(message, about)
-            return partial(self._write, message, about.name, await self._session_version(message.session))
+            return partial(self._write, message, about.name, version)
         assert isinstance(message, Score)
+        about = await self._about()
         need = self._understood(lambda: words.need_of(message.need))
         return partial(self._score, need, message.k, about.name)
 

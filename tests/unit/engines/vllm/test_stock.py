@@ -137,6 +137,18 @@ def choice(**changes: Any) -> Change:
     return lambda answer: {"choices": [{**answer["choices"][0], **changes}]}
 
 
+class InTime(httpx.ASGITransport):
+    """With the time limits that a connection has, which ASGITransport does not know."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        limit = request.extensions["timeout"]["read"]
+        try:
+            async with asyncio.timeout(limit):
+                return await super().handle_async_request(request)
+        except TimeoutError:
+            raise httpx.ReadTimeout(f"no answer within {limit} s", request=request) from None
+
+
 def talk(
     stand_in: StandIn,
     folder: Path,
@@ -152,7 +164,7 @@ def talk(
         client = StockClient("http://stock", key, stuck_seconds, 5.0, Stock(folder, role), folder / "weights")
         headers = client._http.headers
         await client.close()
-        transport = httpx.ASGITransport(stand_in.application())
+        transport = InTime(stand_in.application())
         client._http = httpx.AsyncClient(transport=transport, base_url="http://stock", headers=headers)
         try:
             return await what(client)
