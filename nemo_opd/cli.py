@@ -1,4 +1,4 @@
-"""`nemo-opd`: plan, check before training, train, evaluate, measure a teacher's signal, export, report, make data.
+"""`nemo-opd`: plan, check before training, train, evaluate, measure a teacher's signal, convert, report, make data.
 
 Everything heavy is imported inside a verb, after its arguments and the recipe were checked.
 """
@@ -124,8 +124,21 @@ _EXPORT = """
 examples:
   nemo-opd export runs/distil models/student
   nemo-opd export runs/distil/checkpoints/step-00000100 models/student-100
+  nemo-opd export runs/distil megatron/student --format torch_dist
 
-Writes safetensors, config.json and tokenizer with Hugging Face names; load it with transformers or vLLM.
+Writes safetensors, config.json and tokenizer with Hugging Face names; load it with transformers or vLLM. With
+torch_dist: the weights alone, as Megatron-core's dist_checkpointing.load reads them under any layout.
+"""
+
+_IMPORT = """
+examples:
+  nemo-opd import megatron/qwen3-8b models/mine --like models/Qwen3-8B
+  nemo-opd import megatron/qwen3-8b/iter_0002000 models/mine --like models/Qwen3-8B --dtype bfloat16
+
+Reads a GPT model's weights in Megatron's torch_dist format (Megatron-LM, Megatron Bridge, NeMo), saved under any
+layout, with or without an optimizer; writes safetensors with Hugging Face names beside config.json and tokenizer of
+--like.
+Names and shapes are compared with that config.json first. Nothing in the checkpoint is executed. See docs/models.md.
 """
 
 _REPORT = """
@@ -185,7 +198,8 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     _add_plan(_verb(verbs, "plan", "memory, messages and time of a recipe, before any GPU is asked for", _PLAN))
     _add_eval(_verb(verbs, "eval", "accuracy on held-out problems", _EVAL))
     _add_signal(_verb(verbs, "signal", "which teacher context tells good responses from bad ones", _SIGNAL))
-    _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face format", _EXPORT))
+    _add_export(_verb(verbs, "export", "write a checkpoint in Hugging Face or Megatron format", _EXPORT))
+    _add_import(_verb(verbs, "import", "write a Megatron checkpoint in Hugging Face format", _IMPORT))
     _add_report(_verb(verbs, "report", "one HTML page about runs", _REPORT))
     _add_data(_verb(verbs, "data", "make problems, a tokenizer and untrained models", _DATA), fill=verb == "data")
     return parser
@@ -278,8 +292,17 @@ def _count(text: str) -> int:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="FOLDER", type=Path, help="run (its newest checkpoint) or checkpoint")
     parser.add_argument("out", metavar="DIR", type=Path, help="new or empty folder")
+    parser.add_argument("--format", choices=("hf", "torch_dist"), default="hf", help="default %(default)s")
     _add_overrides(parser, "settings that win over the run's")
     parser.set_defaults(run=_export)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="CHECKPOINT", type=Path, help="folder in Megatron's torch_dist format")
+    parser.add_argument("out", metavar="DIR", type=Path, help="new or empty folder")
+    parser.add_argument("--like", metavar="MODEL", type=Path, required=True, help="has its config.json and tokenizer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="convert to it (default: as the weights are)")
+    parser.set_defaults(run=_import)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -364,12 +387,24 @@ def _signal(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     args.kind = folder_kind(args.path, ("run", "checkpoint"))
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ConfigError("DIR", f"{args.out}, which is not empty", "a new or empty folder", "choose another")
+    _require_room(args.out)
     _refuse_wrong_overrides(args)
     from nemo_opd import export
 
     return export.main(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    folder_kind(args.like, ("model",))
+    _require_room(args.out)
+    from nemo_opd import export
+
+    return export.import_main(args)
+
+
+def _require_room(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("DIR", f"{out}, which is not empty", "a new or empty folder", "choose another")
 
 
 def _report(args: argparse.Namespace) -> int:

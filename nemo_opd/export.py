@@ -1,6 +1,7 @@
-"""`nemo-opd export`: a checkpoint of a run, whatever its layout, as a folder in Hugging Face format.
+"""`nemo-opd export`: a checkpoint of a run, whatever its layout, as a folder in Hugging Face format or in Megatron's
+`torch_dist` format; `nemo-opd import`: such a folder of Megatron's as one in Hugging Face format.
 
-Done by one process: Megatron's distributed checkpoint is read back without any parallelism, weights alone.
+Done by one process. A run's checkpoint is read back without any parallelism, weights alone.
 """
 
 from __future__ import annotations
@@ -8,19 +9,24 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_opd.checkpoint.store import CONFIG_FILE, MODEL_FOLDER, newest_checkpoint, read_state, require_whole
 from nemo_opd.config import Config, LayoutConfig
 from nemo_opd.configuration.load import load
-from nemo_opd.engines.megatron.checkpoint import load_model
-from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint
-from nemo_opd.engines.megatron.model import build_model, dtype_of
+from nemo_opd.engines.megatron.checkpoint import load_model, save_model
+from nemo_opd.engines.megatron.families import Architecture, read_architecture
+from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint, sync
+from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
+from nemo_opd.engines.megatron.torch_dist import TorchDistWeights, weights_folder
 from nemo_opd.engines.megatron.weights import export_hf_weights
 from nemo_opd.engines.protocols import NamedTensor
 from nemo_opd.errors import ConfigError
+from nemo_opd.foreign import refuse_code
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +35,21 @@ def main(args: argparse.Namespace) -> int:
     """Write the checkpoint (the newest one of a run) that `args.path` names to `args.out`."""
     checkpoint = find_checkpoint(args.path)
     config = load(checkpoint / CONFIG_FILE, args.overrides, checked=False)
-    save_hf_checkpoint(read_weights(checkpoint, config), args.out, Path(config.student.model))
+    if args.format == "torch_dist":
+        _save_torch_dist(checkpoint, config, args.out)
+    else:
+        save_hf_checkpoint(read_weights(checkpoint, config), args.out, Path(config.student.model))
     log.info("wrote step %d of %s to %s", read_state(checkpoint).step, args.path, args.out)
+    return 0
+
+
+def import_main(args: argparse.Namespace) -> int:
+    """Write the weights of the `torch_dist` checkpoint `args.path` to `args.out`, beside what else `args.like` has."""
+    refuse_code(args.like, "--like")
+    dtype = dtype_of(args.dtype, "--dtype") if args.dtype else None
+    folder = weights_folder(args.path)
+    save_hf_checkpoint(TorchDistWeights(folder, read_architecture(args.like), dtype), args.out, args.like)
+    log.info("wrote the weights of %s to %s", folder, args.out)
     return 0
 
 
@@ -52,6 +71,25 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_weights(checkpoint: Path, config: Config) -> Iterator[NamedTensor]:
     """The student's weights of a checkpoint under their Hugging Face names."""
+    return export_hf_weights(*_read_model(checkpoint, config))
+
+
+def _save_torch_dist(checkpoint: Path, config: Config, out: Path) -> None:
+    """Written beside `out` and renamed, so that it is there complete or not at all."""
+    model, _ = _read_model(checkpoint, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        save_model(unfinished, model)
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
+        unfinished.rename(out)  # onto nothing, or an empty folder
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _read_model(checkpoint: Path, config: Config) -> tuple[HiddenStateModel, Architecture]:
     init_distributed()
     layout = Layout(tp=1, pp=1, dp=1, rank=0)
     groups = student_groups(layout, config.run.seed)
@@ -60,4 +98,4 @@ def read_weights(checkpoint: Path, config: Config) -> Iterator[NamedTensor]:
         student.model, LayoutConfig(), layout, groups, dtype_of(student.dtype, "student.dtype"), "student", 1
     )
     load_model(checkpoint / MODEL_FOLDER, model)
-    return export_hf_weights(model, architecture)
+    return model, architecture

@@ -128,7 +128,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypa
 def test_one_list_many_times_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = metadata().state_dict_metadata["weight"]
     bomb = metadata(tensors={f"{n}": tensor for n in range(100)} | {"weight": tensor})
-    monkeypatch.setattr(restricted, "_SHARDS", 50)
+    monkeypatch.setattr(restricted, "SHARDS", 50)
     with pytest.raises(ConfigError, match="more than 50 shards"):
         restricted.read_metadata(stored(tmp_path, pickle.dumps(bomb)))
 

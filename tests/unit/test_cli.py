@@ -35,7 +35,7 @@ def imported(*words: str) -> tuple[int, str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([verb, "--help"] for verb in ("train", "doctor", "eval", "signal", "export"))]
+    "words", [["--help"], *([verb, "--help"] for verb in ("train", "doctor", "eval", "signal", "export", "import"))]
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code, errors, packages = imported(*words)

@@ -89,6 +89,16 @@ def load_model(folder: Path, model: HiddenStateModel) -> None:
         dist.barrier()
 
 
+def save_model(folder: Path, model: HiddenStateModel) -> None:
+    """Write the weights alone into an existing empty folder, for Megatron's `dist_checkpointing.load` under any layout.
+    Collective."""
+    with cpu.megatron_device():
+        shards = ShardSnapshot(folder, {"model": model.sharded_state_dict(metadata=_metadata(model))}, None)
+        for _ in shards.write():
+            pass
+        shards.finish()
+
+
 def _require_checkpoint(folder: Path) -> None:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise ValueError(

@@ -203,11 +203,11 @@ def _write_folder(stream: Iterator[tuple[str, Tensor]], folder: Path, source: Pa
         assert writer.dtype is not None, "a model without tensors"
         _copy_companions(source, unfinished, writer.dtype)
         for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rmdir()  # empty, as checked above
         unfinished.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     log.info("wrote %s", folder)
@@ -310,7 +310,7 @@ def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the operating system put a file's, or a folder's, content on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

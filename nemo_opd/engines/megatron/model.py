@@ -233,6 +233,7 @@ def block_spec(architecture: Architecture, config: TransformerConfig, layout: La
     else:
         layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_norm, normalization="RMSNorm")
         use_local_kernels(layer.submodules, qk_norm)
+        _name_as_transformer_engine(layer.submodules, experts is not None)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
@@ -246,6 +247,14 @@ def use_local_kernels(layer: Any, qk_norm: bool) -> None:
         mlp.activation_func = swiglu
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+
+
+def _name_as_transformer_engine(layer: Any, experts: bool) -> None:
+    """In checkpoints. Megatron's map says that the second norm belongs to a linear layer, which before experts it does
+    not in Transformer Engine's layers: what is saved with one could not be loaded with the other."""
+    if experts:
+        names = layer.sharded_state_dict_keys_map
+        layer.sharded_state_dict_keys_map = {name: names[name] for name in names if name != "pre_mlp_layernorm."}
 
 
 def _mlps(mlp: Any) -> list[Any]:

@@ -5,16 +5,18 @@ import `pickle`.
   file needs, and of classes and functions the names in `_NAMES`. Naming one, calling it and filling it in only make
   records here; nothing of torch is called while the file is read. The records are then checked field by field, against
   the files that are really there, and turned into what torch expects.
-* `common.pt` and the objects between the tensors go through `torch.load(weights_only=True)`.
+* `common.pt`, the objects between the tensors and single shards go through `torch.load(weights_only=True)`.
 
-The manifest was verified before; this is for a checkpoint whose manifest was made by somebody else.
+The manifest was verified before, and this is for one that was made by somebody else; or there is none, as in a
+`torch_dist` checkpoint of Megatron-LM's.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +39,9 @@ METADATA_BYTES = 256 << 20
 """Of `.metadata`; about 150 per shard of a tensor are usual."""
 OBJECT_BYTES = 64 << 20
 """Of `common.pt`, or of an object between the tensors."""
-_SHARDS = 10_000_000
+SHARDS = 10_000_000
+_AROUND = 1 << 16
+"""Bytes that `torch.save` may put around the numbers of one tensor."""
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA, _TENSOR, _BYTES = (
@@ -48,6 +52,11 @@ _CHUNK, _PROPERTIES, _INDEX = (
 )
 _META, _FORMAT = f"{_DCP}.metadata.StorageMeta", f"{_DCP}.metadata._MEM_FORMAT_ENCODING"
 _INFO, _SIZE, _LAYOUT = f"{_DCP}.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout"
+_PLANS = {f"{_DCP}.planner.{n}" for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")} | {
+    f"megatron.core.dist_checkpointing.strategies.torch.{n}" for n in ("MCoreSavePlan", "MCoreMetadata")
+}
+_PATHS = {f"pathlib.{n}" for n in ("Path", "PosixPath", "_local.PosixPath")}
+"""Writers of Megatron's also keep who wrote what, and where to: it is read past."""
 _DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in (
@@ -55,7 +64,8 @@ _DTYPES = {
         *("int64", "int32", "int16", "int8", "uint8", "bool"),
     )
 }
-_NAMES = {_METADATA, _TENSOR, _BYTES, _CHUNK, _PROPERTIES, _INDEX, _META, _FORMAT, _INFO, _SIZE, _LAYOUT, *_DTYPES}
+_NAMES = {_METADATA, _TENSOR, _BYTES, _CHUNK, _PROPERTIES, _INDEX, _META, _FORMAT, _INFO, _SIZE, _LAYOUT} | {*_DTYPES}
+_NAMES |= _PLANS | _PATHS
 
 
 class _RefusedError(ValueError):
@@ -157,8 +167,40 @@ def read_object(content: io.BytesIO | Path, where: str) -> Any:
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file breaks the reader in any way that it likes
-        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__)
-        raise _unsafe(Path(where), f"cannot be read ({found})") from error
+        raise _unsafe(Path(where), f"cannot be read ({_class_of(error)})") from error
+
+
+def read_shard(folder: Path, place: _StorageInfo, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """One shard of a tensor, as `torch.save` wrote it, on the CPU.
+
+    Raises:
+        ConfigError: larger than its numbers, compressed, of another dtype or shape, or with anything but a tensor in
+            it; nothing was executed.
+    """
+    where = f"{folder / place.relative_path}: at byte {place.offset}"
+    if place.length > shape.numel() * dtype.itemsize + _AROUND:
+        raise _unsafe(Path(where), f"has {place.length} bytes for a shard of {tuple(shape)} {dtype}")
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        content = io.BytesIO(file.read(place.length))
+    try:
+        with zipfile.ZipFile(content) as parts:
+            if any(part.compress_type or part.file_size > place.length for part in parts.infolist()):
+                raise _RefusedError("is compressed")
+        content.seek(0)
+        found = torch.load(content, map_location="cpu", weights_only=True)
+    except _RefusedError as error:
+        raise _unsafe(Path(where), str(error)) from error
+    except Exception as error:  # a broken file breaks the reader in any way that it likes
+        raise _unsafe(Path(where), f"cannot be read ({_class_of(error)})") from error
+    if not isinstance(found, torch.Tensor) or (found.dtype, found.shape) != (dtype, shape):
+        raise _unsafe(Path(where), f"has something else than a tensor of {tuple(shape)} {dtype}")
+    return found
+
+
+def _class_of(error: Exception) -> str:
+    """What `torch.load` says of a class that it does not take; the kind of any other error."""
+    return next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__)
 
 
 def _unsafe(path: Path, what: str) -> ConfigError:
@@ -173,7 +215,10 @@ def _unsafe(path: Path, what: str) -> ConfigError:
 def _metadata(root: Any, sizes: dict[str, int]) -> Metadata:
     """`sizes`: bytes of the files that stand beside it."""
     values = _fields(
-        root, _METADATA, {"state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"}
+        root,
+        _METADATA,
+        {"state_dict_metadata", "planner_data", "storage_data"},
+        {"storage_meta", "version", "all_local_plans", "mcore_data"},  # other versions; not looked at
     )
     if values["planner_data"] is not None:
         raise _RefusedError("has data of a planner")
@@ -182,8 +227,8 @@ def _metadata(root: Any, sizes: dict[str, int]) -> Metadata:
     for name, entry in _dictionary(values["state_dict_metadata"]):
         tensors[_text(name)] = found = _entry(entry)
         shards += len(found.chunks) if isinstance(found, TensorStorageMetadata) else 1
-        if shards > _SHARDS:  # one list may stand in a pickle many times
-            raise _RefusedError(f"has more than {_SHARDS} shards")
+        if shards > SHARDS:  # one list may stand in a pickle many times
+            raise _RefusedError(f"has more than {SHARDS} shards")
     places = {_index(k): _place(v, sizes) for k, v in _dictionary(values["storage_data"])}
     unknown = next((index.fqn for index in places if index.fqn not in tensors), None)
     if unknown is not None:
@@ -191,9 +236,9 @@ def _metadata(root: Any, sizes: dict[str, int]) -> Metadata:
     return Metadata(tensors, None, places, StorageMeta(), None)
 
 
-def _fields(made: Any, name: str, keys: set[str]) -> dict[str, Any]:
+def _fields(made: Any, name: str, keys: set[str], others: Set[str] = frozenset()) -> dict[str, Any]:
     state = made.state if isinstance(made, _Made) and made.name == name and made.arguments == () else None
-    if not isinstance(state, dict) or state.keys() != keys:
+    if not isinstance(state, dict) or not keys <= state.keys() <= keys | others:
         raise _RefusedError(f"has something else where {name} is expected")
     return state
 
