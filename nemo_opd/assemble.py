@@ -143,7 +143,8 @@ def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat:
 def build_store(config: Config, processes: Processes, stop: StopRequest) -> CheckpointStore:
     """The run's checkpoints; the time that a save takes is kept from the time that is left. Collective."""
     layout = {
-        name: getattr(config.student, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        name: getattr(config.student, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     }
     saved = functools.partial(stop.budget.saved, keep=processes.is_first)
     return CheckpointStore(Path(config.run.dir), processes, config.checkpoint.keep, layout, saved)

@@ -70,6 +70,8 @@ class LayoutConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    """So many ranks share out the positions of every sequence, for long responses."""
     expert_model_parallel_size: int = 1
     """Of a mixture of experts: so many ranks of a pipeline stage share out the experts of each layer."""
     fp8: FP8Config = field(default_factory=FP8Config)

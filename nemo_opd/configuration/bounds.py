@@ -54,10 +54,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.restarts": (0, math.inf),
     "student.tensor_model_parallel_size": (1, math.inf),
     "student.pipeline_model_parallel_size": (1, math.inf),
+    "student.context_parallel_size": (1, math.inf),
     "student.expert_model_parallel_size": (1, math.inf),
     "student.vocab_padding_multiple": (1, math.inf),
     "teacher.tensor_model_parallel_size": (1, math.inf),
     "teacher.pipeline_model_parallel_size": (1, math.inf),
+    "teacher.context_parallel_size": (1, math.inf),
     "teacher.expert_model_parallel_size": (1, math.inf),
     "teacher.micro_batch_tokens": (1, math.inf),
     **{

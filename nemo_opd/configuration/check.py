@@ -82,8 +82,9 @@ def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> i
     if processes % smallest:
         layouts = " and ".join(f"{size} of the {who}" for who, size in sizes.items())
         sections = (config.student, *config.every_teacher().values())
+        cut = "tensor x context" if any(section.context_parallel_size > 1 for section in sections) else "tensor"
         spread = any(section.expert_model_parallel_size > 1 for section in sections)
-        parallel = "tensor, expert and pipeline parallel" if spread else "tensor x pipeline parallel"
+        parallel = f"{cut}, expert and pipeline parallel" if spread else f"{cut} x pipeline parallel"
         expected = f"a multiple of {smallest} ({parallel}: {layouts})"
         raise ConfigError(key, processes, expected, "change the number of processes or the layouts")
     return processes
@@ -105,9 +106,11 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int | Non
 def model_parallel_size(layout: LayoutConfig) -> int:
     """Processes that hold one copy of the model; of a mixture of experts the least that its layout fits.
 
-    A stage's ranks are shared out twice: for attention by tensor parallelism, for experts by expert parallelism.
+    A stage's ranks are shared out twice: for attention by tensor and context parallelism, for experts by expert
+    parallelism.
     """
-    stage = math.lcm(layout.tensor_model_parallel_size, layout.expert_model_parallel_size)
+    attention = layout.tensor_model_parallel_size * layout.context_parallel_size
+    stage = math.lcm(attention, layout.expert_model_parallel_size)
     return stage * layout.pipeline_model_parallel_size
 
 

@@ -92,6 +92,10 @@ def _experts(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
     if model.experts % over:
         expected = f"a divisor of the {model.experts} experts of a layer"
         raise ConfigError(f"{who}.expert_model_parallel_size", over, expected, "change it")
+    if model.experts and layout.context_parallel_size > 1:
+        expected = "1 for a mixture of experts, whose sequences are not cut"
+        way_out = f"leave it out; raise {who}.tensor_model_parallel_size or pipeline_model_parallel_size instead"
+        raise ConfigError(f"{who}.context_parallel_size", layout.context_parallel_size, expected, way_out)
     if model.experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
         expected = "true for a mixture of experts under tensor parallelism, whose ranks would each route every token"
         raise ConfigError(f"{who}.sequence_parallel", False, expected, "set it to true")

@@ -11,6 +11,13 @@ from nemo_opd.errors import ConfigError
 MIXABLE = ("reverse_kl", "policy_gradient", "k2")
 """Losses whose gradient against a mixture is the weighted sum of their gradients against each teacher."""
 
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+
 
 def teacher_rules(config: Config) -> None:
     """Raises ConfigError for a teacher that is missing, superfluous, or cannot be what it is asked to be."""
@@ -41,7 +48,7 @@ def _one(config: Config, key: str, teacher: TeacherConfig) -> None:
         raise ConfigError(f"{key}.model", "nothing", "a model folder", way_out)
     if teacher.engine in ("hf", "vllm"):
         why = "1, as the hf engine does not split" if teacher.engine == "hf" else "1, as it is on servers of its own"
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        for name in _SIZES:
             if (got := attrgetter(name)(teacher)) > 1:
                 way_out = f"set all sizes to 1, or {key}.engine=megatron"
                 if teacher.engine == "vllm":

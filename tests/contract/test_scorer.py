@@ -62,6 +62,7 @@ LAYOUTS_2 = {
         [(0, 1)],
     ),
     "dp2": ({}, [(0,), (1,)]),
+    "cp2": ({"teacher__context_parallel_size": 2}, [(0, 1), (1,)]),
     "tp2, one consumer off its diagonal": ({"teacher__tensor_model_parallel_size": 2}, [(1,)]),
 }
 
@@ -127,6 +128,20 @@ LAYOUTS_4 = {
         {"teacher__pipeline_model_parallel_size": 2, "teacher__expert_model_parallel_size": 2},
         [(0,), (1,), (2,), (3,)],
         "experts",
+    ),
+    "pp2 x cp2, student cp2": (
+        {
+            "teacher__pipeline_model_parallel_size": 2,
+            "teacher__context_parallel_size": 2,
+            "student__context_parallel_size": 2,
+        },
+        [(0, 1), (2, 3)],
+        "qwen3",
+    ),
+    "cp2 x tp2": (
+        {"teacher__tensor_model_parallel_size": 2, "teacher__context_parallel_size": 2},
+        [(3,), (0, 1, 2)],
+        "tied",
     ),
     "pp2 x dp2": ({"teacher__pipeline_model_parallel_size": 2}, [(0,), (1,), (2,), (3,)], "qwen3"),
 }

@@ -22,6 +22,7 @@ from tests.helpers.tiny import tiny_checkpoint
 
 TP2: dict[str, Any] = {"student__tensor_model_parallel_size": 2}
 PP2: dict[str, Any] = {"student__pipeline_model_parallel_size": 2}
+CP2: dict[str, Any] = {"student__context_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("student", ["qwen3", "tied"])
-@pytest.mark.parametrize("layout", [TP2, PP2, {}], ids=["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", [TP2, PP2, CP2, {}], ids=["tp2", "pp2", "cp2", "dp2"])
 def test_trains_and_exports(ranks2: RankPool, folders: dict[str, Path], layout: dict[str, Any], student: str) -> None:
     first, second = ranks2.run(steps_and_export, recipe(folders[student], **layout), folders[student])
     assert first == second, "statistics are equal on every rank"
@@ -54,8 +55,8 @@ def test_trains_and_exports_experts(ranks2: RankPool, folders: dict[str, Path], 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "layout",
-    [TP2, {**PP2, "student__model": "tied"}, {}, {**EP2, "student__model": "experts"}],
-    ids=["tp2", "pp2, tied", "dp2", "ep2"],
+    [TP2, {**PP2, "student__model": "tied"}, CP2, {}, {**EP2, "student__model": "experts"}],
+    ids=["tp2", "pp2, tied", "cp2", "dp2", "ep2"],
 )
 def test_resumes_bit_for_bit(
     ranks2: RankPool, folders: dict[str, Path], tmp_path: Path, layout: dict[str, Any], dtype: str
@@ -121,6 +122,7 @@ def test_learning_rate_warms_up_and_decays_to_its_end(ranks1: RankPool, folders:
     [
         ({"optimizer__distributed": True}, ["optimizer.distributed", "Transformer Engine"]),
         ({"student__tensor_model_parallel_size": 3}, ["student.tensor_model_parallel_size", "divides"]),
+        ({"student__context_parallel_size": 3}, ["student.context_parallel_size", "1 x 1 x 3", "divides"]),
         ({"student__expert_model_parallel_size": 3}, ["student.expert_model_parallel_size", "divisor"]),
         ({"student__expert_model_parallel_size": 2}, ["student.expert_model_parallel_size", "dense"]),
         ({"student__dtype": "float8"}, ["student.dtype", "bfloat16"]),
@@ -128,6 +130,7 @@ def test_learning_rate_warms_up_and_decays_to_its_end(ranks1: RankPool, folders:
     ids=[
         "an optimizer that could not be resumed",
         "a layout that does not divide the processes",
+        "sequences in more parts than there are processes",
         "experts that are not spread evenly",
         "experts of a dense model",
         "dtype",

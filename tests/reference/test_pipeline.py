@@ -60,6 +60,7 @@ TIMES = ("time/", "speed/", "straggler/")
 LAYOUTS = {
     "tp2": ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"),
     "pp2": ("student.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2"),
+    "cp2": ("student.context_parallel_size=2", "teacher.context_parallel_size=2"),
     "dp2": (),
 }
 

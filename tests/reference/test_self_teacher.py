@@ -65,7 +65,12 @@ def _fixed_point(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...
 
 
 @pytest.mark.parametrize(
-    "layout", [(), ("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2")]
+    "layout",
+    [
+        (),
+        ("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2"),
+        ("student.tensor_model_parallel_size=1", "student.context_parallel_size=2"),
+    ],
 )
 def test_the_current_student_agrees_with_itself(
     ranks2: RankPool, workspace: Path, tmp_path: Path, layout: tuple[str, ...]

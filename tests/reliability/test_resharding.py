@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2": (2, {"student__tensor_model_parallel_size": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"student__context_parallel_size": 2}),
     "tp4": (4, {"student__tensor_model_parallel_size": 4}),
     "tp2 pp2": (4, {"student__tensor_model_parallel_size": 2, "student__pipeline_model_parallel_size": 2}),
     "tp2, padded": (2, {"student__tensor_model_parallel_size": 2, "student__vocab_padding_multiple": 16}),
@@ -61,7 +62,7 @@ def _save(rank: int, trainer: Any, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "way",
-    [("tp2", "one", "tp2"), ("one", "tp2 pp2", "tp4", "one"), ("dp2", "tp2, padded", "dp2")],
+    [("tp2", "one", "tp2"), ("one", "tp2 pp2", "tp4", "one"), ("dp2", "tp2, padded", "dp2"), ("cp2", "one", "cp2")],
     ids=lambda way: " -> ".join(way),
 )
 def test_no_bit_changes_on_the_way_through_other_layouts(

@@ -76,9 +76,10 @@ def blueprints(
         raise RuntimeError("got a process of a process group; expected one of its own, as ranks are played in it")
     cpu.install()
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    dp = world_size // (tp * pp)
+    cp = config.context_parallel_size
+    dp = world_size // (tp * cp * pp)
     for stage in range(pp):
-        layout = Layout(tp, pp, dp, stage * tp * dp, config.expert_model_parallel_size)
+        layout = Layout(tp, pp, dp, stage * tp * cp * dp, config.expert_model_parallel_size, cp)
         with _fake_rank(layout), _OnMeta(), _META:
             model = _model(values, where, config, layout, dtype, vocab_padding_multiple)
             gradients = _gradient_bytes(model, distributed, dtype) if trained else 0
@@ -103,12 +104,13 @@ class _OnMeta(TorchFunctionMode):
 @contextmanager
 def _fake_rank(layout: Layout) -> Iterator[None]:
     """This process as one rank of the layout; every collective does nothing."""
-    world = layout.tp * layout.pp * layout.dp
+    world = layout.stage_size * layout.pp
     dist.init_process_group("fake", store=FakeStore(), rank=layout.rank, world_size=world)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from nemo_opd.config import LayoutConfig, StudentConfig
 from nemo_opd.engines.megatron import cpu, fp8
+from nemo_opd.engines.megatron.context import Context
 from nemo_opd.engines.megatron.eager import swiglu
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.local import AttentionInputs, PackedAttention, RMSNorm, attention_inputs
@@ -53,7 +55,7 @@ class HiddenStateModel(GPTModel):
     """`GPTModel` whose forward pass ends in the last hidden states (or a stage's output) of one packed row."""
 
     def forward(self, inputs: ModelInputs) -> Tensor:
-        """Run this pipeline stage on one row.
+        """Run this pipeline stage on one row, or on what this rank holds of it.
 
         Returns:
             [row, 1, hidden]; under sequence parallelism [row / TP, 1, hidden]. On the last stage after the final norm.
@@ -70,8 +72,15 @@ class HiddenStateModel(GPTModel):
         """For the local attention, which turns query and key itself."""
         assert inputs.runs is not None
         # Megatron caches the table by length: a power of two keeps the number of tables small.
-        table = self.rotary_pos_emb(1 << (inputs.longest - 1).bit_length())
-        return attention_inputs(inputs.runs, table[inputs.position_ids[0]], self.config.params_dtype)
+        table = self.rotary_pos_emb(1 << (inputs.longest - 1).bit_length(), packed_seq=True)
+        angles = table[inputs.position_ids[0]]
+        return attention_inputs(inputs.runs, angles, self.config.params_dtype, self.context_group)
+
+    @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """Ranks over which sequences are cut, where they are."""
+        group = self.pg_collection.cp
+        return group if group.size() > 1 else None
 
     def last_hidden(self, output: Tensor) -> Tensor:
         """[row, hidden], whole on every tensor-parallel rank, from what `forward` gave on the last stage.
@@ -98,10 +107,11 @@ class HiddenStateModel(GPTModel):
         return VocabShard(vocab_size, group.rank() * rows, rows, group if group.size() > 1 else None)
 
     def inputs(self, input_ids: Tensor, cu_seqlens: Tensor) -> ModelInputs:
-        """A row for `forward`, from CPU tensors."""
+        """A row for `forward` (this rank's part of it), from CPU tensors."""
         parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         multiple = parts * fp8.row_multiple(self.config)
-        return model_inputs(input_ids, cu_seqlens, multiple, have_transformer_engine(), cpu.device())
+        context = Context(self.pg_collection.cp.size(), self.pg_collection.cp.rank())
+        return model_inputs(input_ids, cu_seqlens, multiple, have_transformer_engine(), cpu.device(), context)
 
 
 def build_model(
@@ -127,6 +137,8 @@ def build_model(
     if architecture.experts is not None and layout.tp > 1 and not config.sequence_parallel:
         expected = "true for a mixture of experts under tensor parallelism, whose ranks would each route every token"
         raise ConfigError(f"{key}.sequence_parallel", False, expected, "set it")
+    if architecture.experts is not None and layout.cp > 1:
+        raise ConfigError(f"{key}.context_parallel_size", layout.cp, "1 for a mixture of experts", "leave it out")
     with cpu.megatron_device():
         megatron = transformer_config(architecture, config, layout, dtype)
         spec = block_spec(architecture, megatron, layout)
@@ -189,6 +201,7 @@ def transformer_config(
         **architecture.transformer_config_fields(),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=config.sequence_parallel and layout.tp > 1,
         params_dtype=dtype,

@@ -2,9 +2,9 @@
 
 The student lives in Megatron's global state (`megatron.core.parallel_state`), as a Megatron user expects. The teacher
 has its own layout over the same processes and therefore its own `ProcessGroupCollection`, which never touches that
-state. Both number their ranks alike, tensor parallel fastest, then data parallel, then pipeline parallel:
+state. Both number their ranks alike, tensor parallel fastest, then context parallel, data parallel, pipeline parallel:
 
-    rank = tp + TP * (dp + DP * pp)
+    rank = tp + TP * (cp + CP * (dp + DP * pp))
 
 so that a teacher with the student's layout holds its answers where the student's loss wants them.
 
@@ -80,18 +80,23 @@ class Layout:
     dp: int
     rank: int
     ep: int = 1
+    cp: int = 1
 
     @classmethod
     def of(cls, config: LayoutConfig, key: str) -> Layout:
         """From the configuration under `key` (student, teacher) and the default process group.
 
-        Raises ConfigError when the world is no multiple of TP x PP, or a stage's ranks none of EP.
+        Raises ConfigError when the world is no multiple of TP x CP x PP, or a stage's ranks none of EP.
         """
         tp, pp, world = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, dist.get_world_size()
-        if world % (tp * pp):
+        cp = config.context_parallel_size
+        if world % (tp * cp * pp):
+            sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+            if cp > 1:
+                sizes["context_parallel_size"] = cp
             raise ConfigError(
-                f"{key}.tensor_model_parallel_size x {key}.pipeline_model_parallel_size",
-                f"{tp} x {pp} over {world} processes",
+                " x ".join(f"{key}.{name}" for name in sizes),
+                f"{' x '.join(map(str, sizes.values()))} over {world} processes",
                 "a product that divides the number of processes",
                 "start another number of processes or change the layout",
             )
@@ -103,28 +108,37 @@ class Layout:
                 "a divisor of their number",
                 "start another number of processes or change the layout",
             )
-        return cls(tp, pp, world // (tp * pp), dist.get_rank(), ep)
+        return cls(tp, pp, world // (tp * cp * pp), dist.get_rank(), ep, cp)
 
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp
 
     @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp % self.cp
+
+    @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp % self.dp
+        return self.rank // (self.tp * self.cp) % self.dp
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // (self.tp * self.dp)
+        return self.rank // self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage, of all replicas together."""
+        return self.tp * self.cp * self.dp
 
     @property
     def ep_rank(self) -> int:
-        return self.rank % (self.tp * self.dp) % self.ep
+        return self.rank % self.stage_size % self.ep
 
     @property
     def expert_replica(self) -> int:
         """Which copy of the experts this rank holds a part of."""
-        return self.rank % (self.tp * self.dp) // self.ep
+        return self.rank % self.stage_size // self.ep
 
     @property
     def is_first_stage(self) -> bool:
@@ -135,14 +149,16 @@ class Layout:
         return self.pp_rank == self.pp - 1
 
     def last_stage_ranks(self, replica: int) -> tuple[int, ...]:
-        """Global ranks of a replica's last pipeline stage, by tensor parallel rank."""
-        return tuple(tp + self.tp * (replica + self.dp * (self.pp - 1)) for tp in range(self.tp))
+        """Global ranks of a replica's last pipeline stage, by context, then tensor parallel rank."""
+        each = self.tp * self.cp
+        first = each * (replica + self.dp * (self.pp - 1))
+        return tuple(range(first, first + each))
 
     def place(self) -> Place:
         """This process as the loop sees it."""
         return Place(
             rank=self.rank,
-            world_size=self.tp * self.pp * self.dp,
+            world_size=self.stage_size * self.pp,
             data_parallel_rank=self.dp_rank,
             data_parallel_size=self.dp,
             loss_ranks=tuple(self.last_stage_ranks(replica) for replica in range(self.dp)),
@@ -161,6 +177,7 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
+                context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=1,
                 create_gloo_process_groups=torch.cuda.is_available(),
@@ -174,11 +191,13 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
         )
-        if sizes != (expected := (layout.tp, layout.pp, layout.ep)):
-            raise RuntimeError(f"Megatron's parallel state is TP x PP x EP = {sizes}; expected {expected}")
+        if sizes != (expected := (layout.tp, layout.pp, layout.ep, layout.cp)):
+            raise RuntimeError(f"Megatron's parallel state is TP x PP x EP x CP = {sizes}; expected {expected}")
         assert parallel_state.get_tensor_model_parallel_rank() == layout.tp_rank
         assert parallel_state.get_pipeline_model_parallel_rank() == layout.pp_rank
+        assert parallel_state.get_context_parallel_rank() == layout.cp_rank
         assert parallel_state.get_data_parallel_rank() == layout.dp_rank
         assert parallel_state.get_expert_model_parallel_rank() == layout.ep_rank
         return ProcessGroupCollection.use_mpu_process_groups()
@@ -219,10 +238,12 @@ def teacher_groups(layout: Layout) -> ProcessGroupCollection:
     groups.mp = _group(layout, "tp", "pp")
     groups.embd = _group(layout, "pp", only=(0, layout.pp - 1))
     groups.pos_embd = None
-    # One context-parallel rank, and experts that are not cut: these groups are others or this rank alone.
-    groups.cp = groups.expt_tp = _group(layout)
-    groups.tp_cp, groups.dp_cp = groups.tp, groups.dp
-    groups.tp_dp_cp = _group(layout, "tp", "dp")
+    # Experts are not cut, and mostly sequences neither: these groups are others or this rank alone.
+    groups.expt_tp = _group(layout)
+    groups.cp = _group(layout, "cp") if layout.cp > 1 else groups.expt_tp
+    groups.tp_cp = _group(layout, "tp", "cp") if layout.cp > 1 else groups.tp
+    groups.dp_cp = _group(layout, "dp", "cp") if layout.cp > 1 else groups.dp
+    groups.tp_dp_cp = _group(layout, "tp", "dp", "cp")
     groups.ep = groups.tp_ep = _group(layout, "ep") if layout.ep > 1 else groups.expt_tp
     groups.expt_dp = _group(layout, "expert_replica") if layout.ep > 1 else groups.tp_dp_cp
     groups.tp_ep_pp = _group(layout, "ep", "pp") if layout.ep > 1 else groups.pp
@@ -232,17 +253,17 @@ def teacher_groups(layout: Layout) -> ProcessGroupCollection:
 def _group(layout: Layout, *varying: str, only: tuple[int, ...] | None = None) -> dist.ProcessGroup | None:
     """This rank's group of ranks that differ in the `varying` coordinates alone; with `only`, of these stages alone.
 
-    Coordinates are those of attention (tp, dp, pp) or, where `varying` names one of them, of experts (ep,
+    Coordinates are those of attention (tp, cp, dp, pp) or, where `varying` names one of them, of experts (ep,
     expert_replica, pp).
     """
     of_experts = {"ep", "expert_replica"} & {*varying}
     by_coordinates: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(layout.tp * layout.dp * layout.pp):
+    for rank in range(layout.stage_size * layout.pp):
         other = replace(layout, rank=rank)
         if only is None or other.pp_rank in only:
             fixed = {"ep": other.ep_rank, "expert_replica": other.expert_replica, "pp": other.pp_rank}
             if not of_experts:
-                fixed = {"tp": other.tp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
+                fixed = {"tp": other.tp_rank, "cp": other.cp_rank, "dp": other.dp_rank, "pp": other.pp_rank}
             key = tuple(value for name, value in fixed.items() if name not in varying)
             by_coordinates.setdefault(key, []).append(rank)
     mine, _ = dist.new_subgroups_by_enumeration(list(by_coordinates.values()), timeout=_timeout)

@@ -1,4 +1,4 @@
-"""A teacher on Megatron-core, in its own TP x PP x DP layout over the student's processes (or in the student's own).
+"""A teacher on Megatron-core, in a layout of its own over the student's processes (or in the student's).
 
 Requests are spread over the teacher's data-parallel replicas by length, packed into rows, run through Megatron's
 forward-only schedule, and answered where the student's loss needs them. Every rank computes the same plan, so answers
@@ -27,6 +27,7 @@ from torch import Tensor
 from nemo_opd.config import Config
 from nemo_opd.engines.exchange import Message, exchange
 from nemo_opd.engines.megatron import cpu, fp8
+from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups
@@ -51,7 +52,7 @@ Row = list[int]
 
 @dataclass(frozen=True)
 class _RowTokens:
-    """Which positions of a row predict response tokens, and which tokens; on the model's device."""
+    """Which positions of a row predict response tokens, and which tokens; ids on the model's device."""
 
     position: Tensor
     ids: Tensor
@@ -185,16 +186,22 @@ class MegatronScorer:
     ) -> tuple[Tensor, Any]:
         """What Megatron's schedule asks for one micro-batch."""
         input_ids, cu_seqlens, tokens = _lay_out(next(rows), needs)
-        output = model(model.inputs(input_ids, cu_seqlens))
-        return output, partial(self._payloads, tokens, needs)
+        inputs = model.inputs(input_ids, cu_seqlens)
+        return model(inputs), partial(self._payloads, tokens, inputs.share, needs)
 
-    def _payloads(self, tokens: _RowTokens, needs: TeacherNeeds, output: Tensor, non_loss_data: bool) -> list[Payload]:
-        """The row's answers, one payload per request; runs on the last stage."""
+    def _payloads(
+        self, tokens: _RowTokens, share: Share, needs: TeacherNeeds, output: Tensor, non_loss_data: bool
+    ) -> list[Payload]:
+        """The row's answers, one payload per request; runs on the last stage. Under context parallelism each rank works
+        on the positions that it holds, and one all-reduce per tensor gives all of them the whole row's."""
         assert non_loss_data and self._model is not None
         if not tokens.counts:
             return []
-        hidden = self._model.last_hidden(output).index_select(0, tokens.position)
-        payload = (hidden,) if needs.need is Need.FULL else self._log_probs(hidden, tokens.ids, needs)
+        held, numbers = (x.to(output.device) for x in share.numbers(tokens.position))
+        hidden = self._model.last_hidden(output).index_select(0, numbers)
+        payload = (hidden,) if needs.need is Need.FULL else self._log_probs(hidden, tokens.ids[held], needs)
+        if (group := self._model.context_group) is not None:
+            payload = tuple(put_together(part, held, len(tokens.position), group) for part in payload)
         return list(zip(*(part.split(tokens.counts) for part in payload), strict=True))
 
     def _log_probs(self, hidden: Tensor, ids: Tensor, needs: TeacherNeeds) -> Payload:
@@ -203,6 +210,8 @@ class MegatronScorer:
         Collectives per chunk over the teacher's tensor ranks: 2 (normaliser, values at ids), and 1 more for the k best.
         """
         assert self._model is not None
+        if not len(hidden):  # other context-parallel ranks hold what is asked
+            return tuple(part.to(hidden.device) for part in self._empty(needs))
         output = OutputLayer(self._model.output_weight, self._model.vocab_shard(self._vocab_size))
         values, best = [], []
         for chunk, asked in zip(hidden.split(_CHUNK_TOKENS), ids.split(_CHUNK_TOKENS), strict=True):
@@ -267,7 +276,7 @@ def _forward_only(model: HiddenStateModel, layout: Layout) -> Any:
 
 def _empty_row() -> tuple[Tensor, Tensor, _RowTokens]:
     """One position that nobody asked about."""
-    position = torch.zeros(0, dtype=torch.int64, device=cpu.device())
+    position = torch.zeros(0, dtype=torch.int64)
     bounds = torch.tensor([0, 1], dtype=torch.int32)
     return torch.zeros(1, dtype=torch.int64), bounds, _RowTokens(position, position[:, None], [])
 
@@ -286,7 +295,7 @@ def _lay_out(requests: list[ScoreRequest], needs: TeacherNeeds) -> tuple[Tensor,
         bounds.append(bounds[-1] + len(context) + len(request.response_ids) - 1)
     device = cpu.device()
     tokens = _RowTokens(
-        position=torch.cat(positions).to(device),
+        position=torch.cat(positions),
         ids=torch.cat([i for i in ids if i is not None]).to(device),
         counts=[len(request.response_ids) for request in requests],
     )

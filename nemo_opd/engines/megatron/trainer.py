@@ -6,8 +6,9 @@ last pipeline stage (`fused_loss` on hidden states and the output layer's shard)
 Normalisation. Every loss component is divided by its own *global* token count before backward, so the gradients of
 micro-batches and of data-parallel replicas are summed, never averaged: `calculate_per_token_loss` tells Megatron's
 schedule and its data parallelism not to divide, and gradients are finalised without a divisor. Replicas may therefore
-have different numbers of rows. Under expert parallelism they exchange tokens in every layer, so those with fewer rows
-run empty ones with the others.
+have different numbers of rows. Under context parallelism each of a replica's ranks adds what its parts of sequences
+give (`context`), to the sums of the loss as to the gradients. Under expert parallelism replicas exchange tokens in
+every layer, so those with fewer rows run empty ones with the others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from nemo_opd.config import Config
 from nemo_opd.engines.megatron import checkpoint, cpu
 from nemo_opd.engines.megatron.average import WeightAverage
+from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
@@ -257,16 +259,17 @@ class MegatronTrainer:
     ) -> tuple[Tensor, Any]:
         """What Megatron's schedule asks for one micro-batch: the stage's output and, for the last stage, its loss."""
         row = next(rows)
-        output = model(self.model.inputs(row.input_ids, row.cu_seqlens))
-        return output, partial(self._row_loss, row, normalisers)
+        inputs = self.model.inputs(row.input_ids, row.cu_seqlens)
+        return model(inputs), partial(self._row_loss, row, inputs.share, normalisers)
 
     def _row_loss(
-        self, row: PackedRow, normalisers: Mapping[str, float], output: Tensor
+        self, row: PackedRow, share: Share, normalisers: Mapping[str, float], output: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Sums, Mapping[str, Tensor]]]:
         """(loss, token count that nobody divides by, (sums, token scores)), as `calculate_per_token_loss` wants it."""
         teacher = self._teacher_outputs.get(row.teacher)
         weight = None if teacher is None else teacher.weight
-        tokens = with_payload(row.tokens, self._loss.needs, weight).to(output.device)
+        tokens, held = share.tokens(with_payload(row.tokens, self._loss.needs, weight))
+        tokens = tokens.to(output.device)
         fused = fused_loss(
             self._loss,
             self.model.last_hidden(output).index_select(0, tokens.position),
@@ -277,19 +280,29 @@ class MegatronTrainer:
             self._weight,
             self._config.train.loss_chunk_tokens,
             reduce_hidden=not self.model.config.sequence_parallel,  # otherwise `last_hidden` sums in backward
+            sequence_group=self.model.context_group,
         )
-        return fused.loss, torch.zeros((), dtype=torch.int, device=output.device), (fused.sums, fused.tokens)
+        scores = self._of_the_row(fused.tokens, held, len(row.tokens))
+        return fused.loss, torch.zeros((), dtype=torch.int, device=output.device), (fused.sums, scores)
+
+    def _of_the_row(self, scores: Mapping[str, Tensor], held: Tensor, total: int) -> Mapping[str, Tensor]:
+        """Token scores of the whole row from each context-parallel rank's: one all-reduce where there are any."""
+        group = self.model.context_group
+        if group is None or not scores:
+            return scores
+        whole = put_together(torch.stack([*scores.values()], dim=1), held, total, group)
+        return dict(zip(scores, whole.unbind(1), strict=True))
 
     def _global_means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over all replicas on every rank; a name without any token is left out (there is no mean of nothing).
 
-        One all-reduce over the last stages, one broadcast down the pipeline.
+        One all-reduce over the last stages (and over the ranks that share sequences), one broadcast down the pipeline.
         """
         names = self._sum_names(sums)
         if self.layout.is_last_stage:
             totals = torch.stack([sums[name] for name in names]).to(cpu.device())
-            if self.layout.dp > 1:
-                dist.all_reduce(totals, group=self.groups.dp)
+            if self.layout.dp * self.layout.cp > 1:
+                dist.all_reduce(totals, group=self.groups.dp_cp)
         else:
             totals = torch.zeros(len(names), 2, dtype=torch.float64, device=cpu.device())
         if self.layout.pp > 1:
@@ -343,4 +356,3 @@ def data_parallel(
 def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
     """Where Megatron's data parallelism accumulates a parameter's gradient."""
     return parameter.main_grad  # type: ignore[attr-defined]
-

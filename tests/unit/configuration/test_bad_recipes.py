@@ -36,7 +36,6 @@ STOCK = (*STANDING, "rollout.servers.protocol=openai", "rollout.servers.weights_
 SEVERAL = ("teacher.model=null", "teachers.math.model=teacher", "teachers.code.model=teacher")
 
 
-
 def experts(folder: Path) -> None:
     """A mixture of 6 experts of a width that no layout has to divide."""
     write_model(folder / "experts", architectures=["Qwen3MoeForCausalLM"], num_experts=6, moe_intermediate_size=25)
@@ -122,6 +121,18 @@ CASES = [
     Bad("experts_without_sequence_parallel", "teacher.sequence_parallel: got False; expected true for a mixture of "
         "experts under tensor parallelism, whose ranks would each route every token; set it to true",
         ("teacher.model=experts", "teacher.tensor_model_parallel_size=2"), prepare=experts),
+    Bad("sequences_of_a_mixture_that_are_cut", "teacher.context_parallel_size: got 2; expected 1 for a mixture of "
+        "experts, whose sequences are not cut; leave it out; raise teacher.tensor_model_parallel_size or "
+        "pipeline_model_parallel_size instead", ("teacher.model=experts", "teacher.context_parallel_size=2"),
+        prepare=experts),
+    Bad("no_part_of_a_sequence", "student.context_parallel_size: got 0; expected at least 1; change the value",
+        ("student.context_parallel_size=0",)),
+    Bad("sequences_of_another_engine_that_are_cut", "teacher.context_parallel_size: got 2; expected 1, as the hf "
+        "engine does not split; set all sizes to 1, or teacher.engine=megatron",
+        ("teacher.engine=hf", "teacher.context_parallel_size=2")),
+    Bad("processes_by_context_parallel", "train.processes: got 6; expected a multiple of 4 (tensor x context x "
+        "pipeline parallel: 4 of the student and 1 of the teacher); change the number of processes or the layouts",
+        ("train.processes=6", "student.tensor_model_parallel_size=2", "student.context_parallel_size=2")),
     Bad("heads_of_a_mixture", "teacher.tensor_model_parallel_size: got 3; expected 1, 2 or 4 (4 attention heads divide "
         "by these, and 2 key-value heads divide by them or divide them); set it to one of these",
         ("teacher.model=experts", "teacher.tensor_model_parallel_size=3"), prepare=experts),

@@ -41,6 +41,13 @@ def test_smallest_number_of_processes_that_fits_both(
     assert world_size(config, {}) == 2 * expected
 
 
+def test_ranks_that_share_sequences_are_counted() -> None:
+    config = Config()
+    config.student.tensor_model_parallel_size, config.student.context_parallel_size = 2, 4
+    config.teacher.context_parallel_size = 3
+    assert world_size(config, {}) == 24
+
+
 @pytest.mark.parametrize("engine", ["none", "hf", "vllm"])
 def test_only_a_megatron_teacher_asks_for_processes(engine: str) -> None:
     config = Config()

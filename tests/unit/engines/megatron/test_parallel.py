@@ -34,22 +34,33 @@ def test_every_rank_has_its_own_coordinates() -> None:
         assert len(place.loss_ranks) == 4 and all(len(replica) == 2 for replica in place.loss_ranks)
 
 
-def groups_of(rank: int, tp: int, pp: int) -> dict[str, list[int]]:
+def test_ranks_that_share_sequences_are_one_replica() -> None:
+    ranks = [Layout(2, 2, 2, rank, cp=3) for rank in range(24)]
+    assert len({(r.tp_rank, r.cp_rank, r.dp_rank, r.pp_rank) for r in ranks}) == 24
+    assert ranks[14].place().loss_ranks == ((12, 13, 14, 15, 16, 17), (18, 19, 20, 21, 22, 23))
+    for layout in ranks:
+        place = layout.place()
+        assert place.world_size == 24 and place.data_parallel_rank == layout.dp_rank
+        assert place.computes_loss == layout.is_last_stage == (layout.rank >= 12)
+
+
+def groups_of(rank: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[int]]:
     """Ranks of the teacher's groups; and the student's groups must agree where the layout is the same."""
     init_distributed()
-    layout = Layout.of(LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp), "teacher")
+    sizes = LayoutConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
+    layout = Layout.of(sizes, "teacher")
     teacher = teacher_groups(layout)
-    names = ("tp", "dp", "pp", "mp", "embd", "cp")
+    names = ("tp", "dp", "pp", "mp", "embd", "cp", "tp_cp", "dp_cp", "tp_dp_cp")
     ranks = {name: dist.get_process_group_ranks(getattr(teacher, name)) for name in names}
     destroy_student_groups()
     student = student_groups(layout, seed=0)
     again = student_groups(layout, seed=0)
     assert dist.get_process_group_ranks(again.tp) == dist.get_process_group_ranks(student.tp)
-    for name in ("tp", "dp", "pp", "embd", "cp"):
+    for name in ("tp", "dp", "pp", "embd", "cp", "tp_cp", "dp_cp", "tp_dp_cp"):
         assert dist.get_process_group_ranks(getattr(student, name)) == ranks[name], name
     assert sorted(dist.get_process_group_ranks(student.mp)) == sorted(ranks["mp"])
     with pytest.raises(RuntimeError, match="TP x PP"):
-        student_groups(Layout(1, 1, layout.tp * layout.pp * layout.dp, rank), seed=0)
+        student_groups(Layout(1, 1, layout.stage_size * layout.pp, rank), seed=0)
     destroy_student_groups()
     return ranks
 
@@ -64,6 +75,14 @@ def test_groups_of_four_ranks(ranks4: RankPool) -> None:
     pipeline = ranks4.run(groups_of, 1, 2)
     assert [r["dp"] for r in pipeline] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [r["pp"] for r in pipeline] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["cp"] for r in pipeline] == [[0], [1], [2], [3]]
+    context = ranks4.run(groups_of, 2, 1, 2)
+    assert [r["cp"] for r in context] == [r["dp_cp"] for r in context] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["tp_cp"] for r in context] == [[0, 1, 2, 3]] * 4
+    replicas = ranks4.run(groups_of, 1, 1, 2)
+    assert [r["cp"] for r in replicas] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [r["dp"] for r in replicas] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["dp_cp"] for r in replicas] == [[0, 1, 2, 3]] * 4
 
 
 _ALONE = """
