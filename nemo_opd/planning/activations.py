@@ -16,7 +16,7 @@ _FP32 = 4
 
 
 def layer_activations(shape: ModelShape, spread: Spread, width: int, kernels: Kernels = "te") -> dict[str, float]:
-    """Bytes for each position of a row, by what they are for; `width` is that of a number."""
+    """Bytes for each position that is held of a row, by what they are for; `width` is that of a number."""
     outside = spread.sequence
     kept = {
         "norm before attention": _norm(shape.hidden, width, kernels) / outside,
@@ -39,7 +39,8 @@ def passing(shape: ModelShape, spread: Spread, width: int, kernels: Kernels = "t
     """Bytes for each position of what exists only while one layer is computed, forward or backward."""
     if shape.experts:
         return width * 2 * shape.hidden / spread.sequence + _experts(shape, width, kernels) / spread.sequence
-    return width * (2 * shape.hidden / spread.sequence + _gated(shape.ffn, kernels) / spread.tp)
+    received = (spread.cp - 1) * 2 * shape.key_value  # keys and values of the positions that other ranks hold
+    return width * (2 * shape.hidden / spread.sequence + (received + _gated(shape.ffn, kernels)) / spread.tp)
 
 
 def _norm(size: int, width: int, kernels: Kernels) -> float:

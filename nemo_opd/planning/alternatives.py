@@ -16,6 +16,7 @@ from nemo_opd.planning.plan import Options, Plan, make_setting, plan
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4, 8)
+CONTEXT = (1, 2, 4, 8)
 EXPERT = (1, 2, 4, 8, 16, 32)
 _LEAST_SHARE = 0.3
 _SMALLEST_CHUNK = 128
@@ -111,6 +112,8 @@ def _single_changes(config: Config) -> Iterator[Change]:
                 yield ((f"{key}.pipeline_model_parallel_size", larger),)
     for larger in _doubled(student.pipeline_model_parallel_size, PIPELINE):
         yield (("student.pipeline_model_parallel_size", larger),)
+    for larger in _doubled(student.context_parallel_size, CONTEXT):
+        yield (("student.context_parallel_size", larger),)
 
 
 def _doubled(size: int, sizes: Sequence[int]) -> list[int]:

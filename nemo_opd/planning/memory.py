@@ -83,7 +83,7 @@ def rank_memory(setting: Setting, kernels: Kernels = "te") -> list[RankMemory]:
     models = {"student": setting.student} | {model.key: model for model, _ in setting.teachers()}
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(setting.processes):
-        stages = tuple(rank // (model.spread.tp * model.spread.dp) for model in models.values())
+        stages = tuple(rank // model.spread.stage_ranks for model in models.values())
         groups.setdefault(stages, []).append(rank)
     found = []
     for stages, ranks in groups.items():
@@ -149,7 +149,7 @@ def _optimizer_bytes(setting: Setting) -> tuple[float, float]:
     each = _ADAM * max(1, student.width / _FP32) + (_FP32 if student.width < _FP32 else 0)
     if not setting.distributed:
         return each, each
-    return each / student.spread.dp, each / student.spread.expert_dp
+    return each / student.spread.parts, each / student.spread.expert_dp
 
 
 def _writing(setting: Setting) -> Parts:
@@ -173,7 +173,7 @@ def _scoring(setting: Setting, stages: Mapping[str, int]) -> Parts:
     """The largest teacher's: they score one after the other."""
     largest: Parts = {}
     for model, _ in setting.teachers():
-        parts = {f"{model.key}, forward": model.row * passing(model.shape, model.spread, model.width)}
+        parts = {f"{model.key}, forward": model.held * passing(model.shape, model.spread, model.width)}
         if stages[model.key] == model.spread.pp - 1:
             parts |= _answers(setting, model)
         largest = max(largest, parts, key=lambda one: sum(one.values()))
@@ -193,7 +193,7 @@ def _answers(setting: Setting, model: Model) -> Parts:
 
 def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, float]:
     """(what training adds, activations with recomputation)."""
-    student, row = setting.student, setting.row
+    student, row = setting.student, setting.student.held
     layers = student.shape.layers // student.spread.pp
     in_flight = min(setting.rows, student.spread.pp - stage)
     kept = sum(layer_activations(student.shape, student.spread, student.width, kernels).values())
@@ -208,7 +208,7 @@ def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, fl
 
 def _loss(setting: Setting, kernels: Kernels) -> Iterator[tuple[str, float]]:
     """Of one row, on the student's last stage."""
-    student, row = setting.student, setting.row
+    student, row = setting.student, setting.student.held
     multiple = setting.config.student.vocab_padding_multiple
     columns = student.shape.vocabulary_rows(student.spread.tp, multiple)
     yield "hidden states and their gradient", 4 * row * student.shape.hidden * student.width
@@ -252,5 +252,5 @@ def host_memory(setting: Setting) -> float:
     if setting.whole_teacher:
         widths = [model.shape.hidden * model.width for model, _ in setting.teachers()]
         each = setting.responses / student.spread.dp * setting.written * sum(widths)
-        held += each * min(processes, student.spread.tp * student.spread.dp)
+        held += each * min(processes, student.spread.stage_ranks)
     return held

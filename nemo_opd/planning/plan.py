@@ -108,9 +108,8 @@ def _placed(setting: Setting, nodes: int | None) -> Setting:
     smallest = 1
     for layout in layouts:
         over = layout.pipeline_model_parallel_size
-        smallest = math.lcm(
-            smallest, layout.tensor_model_parallel_size * over, layout.expert_model_parallel_size * over
-        )
+        attention = layout.tensor_model_parallel_size * layout.context_parallel_size
+        smallest = math.lcm(smallest, attention * over, layout.expert_model_parallel_size * over)
     beside = sum(one.gpus for one in setting.servings if not one.colocated and not one.standing)
     if nodes is not None:
         key, processes = "--nodes", nodes * each - beside

@@ -106,7 +106,11 @@ def _teacher(config: Config) -> str:
 
 def _processes(config: Config) -> str:
     student = config.student
-    sizes = {"TP": student.tensor_model_parallel_size, "PP": student.pipeline_model_parallel_size}
+    sizes = {
+        "TP": student.tensor_model_parallel_size,
+        "CP": student.context_parallel_size,
+        "PP": student.pipeline_model_parallel_size,
+    }
     cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     return f"student {cut}" if cut else "student whole"
 

@@ -29,6 +29,11 @@ class Model:
     row: int
     """Positions of its longest micro-batch."""
 
+    @property
+    def held(self) -> float:
+        """Of these, what one of the ranks holds that share sequences."""
+        return self.row / self.spread.cp
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -212,6 +217,5 @@ class Setting:
 
     def _spread(self, layout: LayoutConfig) -> Spread:
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-        return Spread(
-            tp, pp, self.processes // (tp * pp), layout.expert_model_parallel_size, layout.sequence_parallel and tp > 1
-        )
+        cp, ep = layout.context_parallel_size, layout.expert_model_parallel_size
+        return Spread(tp, pp, self.processes // (tp * cp * pp), ep, layout.sequence_parallel and tp > 1, cp)

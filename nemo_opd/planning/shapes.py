@@ -27,7 +27,7 @@ _WAY_OUT = "plan a model of one of these families"
 
 @dataclass(frozen=True)
 class Spread:
-    """How one model lies over `tp x pp x dp` ranks; experts over `ep` of the `tp x dp` of a stage, each of them whole.
+    """How one model lies over `tp x cp x dp x pp` ranks; experts over `ep` of the ranks of a stage, each of them whole.
 
     Example: 8 ranks with tensor parallel 2 and pipeline parallel 1 are ``Spread(tp=2, pp=1, dp=4)``.
     """
@@ -37,15 +37,27 @@ class Spread:
     dp: int
     ep: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.stage_ranks * self.pp
+
+    @property
+    def stage_ranks(self) -> int:
+        """Of a pipeline stage, all replicas together."""
+        return self.tp * self.parts
+
+    @property
+    def parts(self) -> int:
+        """By what the positions of a step are divided: replicas, and the ranks of each that share its sequences. All of
+        them hold the same parameters."""
+        return self.dp * self.cp
 
     @property
     def expert_dp(self) -> int:
         """Replicas of an expert."""
-        return self.tp * self.dp // self.ep
+        return self.stage_ranks // self.ep
 
     @property
     def sequence(self) -> int:

@@ -53,7 +53,7 @@ def layout(setting: Setting) -> str:
 
 
 def _spread(spread: Spread) -> str:
-    sizes = {"TP": spread.tp, "PP": spread.pp, "EP": spread.ep, "DP": spread.dp}
+    sizes = {"TP": spread.tp, "CP": spread.cp, "PP": spread.pp, "EP": spread.ep, "DP": spread.dp}
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "whole"
 
 

@@ -88,7 +88,7 @@ def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:
     """(forward and backward, of which the loss). The slowest stage sets the pace; a pipeline fills and drains."""
     student, gpu, assumed = setting.student, setting.cluster.gpu, setting.cluster.assumptions
     spread, rows = student.spread, setting.rows
-    positions = setting.positions / spread.dp
+    positions = setting.positions / spread.parts
     efficiency = assumed.expert_efficiency if student.shape.experts else assumed.train_efficiency
     passes = _PASSES + (setting.config.student.recompute == "full")
     arithmetic = passes * positions * _forward(student.shape, setting.prompt + setting.written)
@@ -102,7 +102,7 @@ def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:
 def _loss(setting: Setting) -> float:
     """Output layers of all of a replica's tokens, on its last stage."""
     student, gpu, assumed = setting.student, setting.cluster.gpu, setting.cluster.assumptions
-    tokens = setting.responses / student.spread.dp * setting.written
+    tokens = setting.responses / student.spread.parts * setting.written
     widths = 3 * student.shape.hidden
     widths += sum(model.shape.hidden for model, _ in setting.teachers()) if setting.whole_teacher else 0
     columns = student.shape.vocabulary / student.spread.tp
@@ -114,7 +114,7 @@ def _update(setting: Setting, moved: Sequence[Flow]) -> float:
     student, gpu, assumed = setting.student, setting.cluster.gpu, setting.cluster.assumptions
     spread = student.spread
     count = max((student.shape.stage(spread, stage) for stage in range(spread.pp)), key=lambda one: one.total)
-    own = count.dense / spread.dp + count.expert / spread.expert_dp if setting.distributed else count.total
+    own = count.dense / spread.parts + count.expert / spread.expert_dp if setting.distributed else count.total
     seconds = own * _OPTIMIZER / (gpu.bandwidth * assumed.memory_bandwidth)
     return seconds + sum(flow.seconds for flow in moved if flow.part == "update")
 

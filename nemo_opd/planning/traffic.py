@@ -1,7 +1,7 @@
 """Bytes of a step by collective: what one rank sends, over which link, in how many calls, and how long that takes.
 
 Rings: a reduction to all sends 2 (n - 1) / n of the data, a gather or scatter half of that. Groups follow from the
-order of ranks, tensor parallel fastest, then data parallel, then pipeline parallel (engines/megatron/parallel.py).
+order of ranks, tensor parallel fastest, then context, data and pipeline parallel (engines/megatron/parallel.py).
 """
 
 from __future__ import annotations
@@ -59,10 +59,14 @@ def _exchange(setting: Setting) -> Iterator[Flow]:
 
 
 def _layers(setting: Setting) -> Iterator[Flow]:
-    """The student's tensor and expert parallelism, forward and backward."""
+    """The student's tensor, context and expert parallelism, forward and backward."""
     student = setting.student
-    yield _tensor_parallel(setting, student, "train", setting.positions / student.spread.dp, setting.rows, True)
     spread, shape = student.spread, student.shape
+    yield _tensor_parallel(setting, student, "train", setting.positions / spread.parts, setting.rows, True)
+    again = setting.config.student.recompute != "none"
+    yield _context_parallel(
+        setting, student, "train", setting.positions / spread.parts, setting.rows, 4 if again else 3
+    )
     if spread.ep > 1:
         tokens = setting.positions / spread.dp / spread.sequence
         layers = shape.layers // spread.pp
@@ -82,11 +86,21 @@ def _tensor_parallel(setting: Setting, model: Model, part: str, positions: float
     return _flow(setting, part, f"{model.key}: tensor-parallel layers", tp, 1, sent, calls, 1)
 
 
+def _context_parallel(setting: Setting, model: Model, part: str, positions: float, rows: int, rounds: int) -> Flow:
+    """Keys and values of what a rank holds go round all others in every layer: forward, backward together with their
+    gradient, and where attention is computed once more."""
+    spread, shape = model.spread, model.shape
+    layers, others = shape.layers // spread.pp, spread.cp - 1
+    sent = rounds * others * positions * 2 * shape.key_value / spread.tp * model.width * layers
+    calls = rounds * others * rows * layers
+    return _flow(setting, part, f"{model.key}: keys and values to other parts", spread.cp, spread.tp, sent, calls, 1)
+
+
 def _stages(setting: Setting) -> Iterator[Flow]:
     spread = setting.student.spread
     if spread.pp > 1:
-        sent = _stage_bytes(setting.student, setting.positions / spread.dp)
-        stride = spread.tp * spread.dp
+        sent = _stage_bytes(setting.student, setting.positions / spread.parts)
+        stride = spread.stage_ranks
         yield _flow(setting, "train", "student: between stages", 2, stride, 2 * sent, 2 * setting.rows, 1)
 
 
@@ -96,7 +110,7 @@ def _stage_bytes(model: Model, positions: float) -> float:
 
 def _loss(setting: Setting) -> Iterator[Flow]:
     student = setting.student
-    tp, tokens = student.spread.tp, setting.responses / student.spread.dp * setting.written
+    tp, tokens = student.spread.tp, setting.responses / student.spread.parts * setting.written
     chunks = math.ceil(tokens / setting.config.train.loss_chunk_tokens)
     if tp == 1:
         return
@@ -114,7 +128,7 @@ def _replicas(setting: Setting) -> Iterator[Flow]:
     multiple = setting.config.student.vocab_padding_multiple
     largest = [student.shape.stage(spread, stage, multiple) for stage in range(spread.pp)]
     for what, count, size, stride in (
-        ("replicas", max(one.dense for one in largest), spread.dp, spread.tp),
+        ("replicas", max(one.dense for one in largest), spread.parts, spread.tp),
         ("replicas of experts", max(one.expert for one in largest), spread.expert_dp, spread.ep),
     ):
         share, gradient = (size - 1) / size, count * max(_FP32, student.width)
@@ -143,14 +157,18 @@ def _scoring(setting: Setting) -> Iterator[Flow]:
     student = setting.student.spread
     for model, _ in setting.teachers():
         spread = model.spread
-        positions, rows = teacher_positions(setting) / spread.dp, teacher_rows(setting, model)
+        positions, rows = teacher_positions(setting) / spread.parts, teacher_rows(setting, model)
         yield _tensor_parallel(setting, model, "score", positions, rows, False)
+        yield _context_parallel(setting, model, "score", positions, rows, 1)
         if spread.pp > 1:
             sent = _stage_bytes(model, positions)
-            yield _flow(setting, "score", f"{model.key}: between stages", 2, spread.tp * spread.dp, sent, rows, 1)
+            yield _flow(setting, "score", f"{model.key}: between stages", 2, spread.stage_ranks, sent, rows, 1)
         if setting.whole_teacher and not model.key.endswith("base_model"):
             each = tokens * model.shape.hidden * model.width
-            received, sent = each / student.dp, each * student.tp / (spread.dp * spread.tp)
+            whole = 2 * (spread.cp - 1) / spread.cp * each / spread.dp
+            what = f"{model.key}: hidden states put together"
+            yield _flow(setting, "score", what, spread.cp, spread.tp, whole, rows, 2)
+            received, sent = each / student.dp, each * student.tp * student.cp / spread.stage_ranks
             far = setting.processes > setting.cluster.gpus_per_node
             size, stride = (2, setting.cluster.gpus_per_node) if far else (2, 1)
             moved = max(received, sent)
@@ -170,7 +188,7 @@ def _refit(setting: Setting) -> Iterator[Flow]:
     spread, tensors = student.spread, 6 * student.shape.layers
     yield _flow(setting, "refit", "shards gathered", spread.tp, 1, whole * (spread.tp - 1) / spread.tp, tensors, 1)
     if spread.pp > 1:
-        yield _flow(setting, "refit", "stages to all", spread.pp, spread.tp * spread.dp, whole, tensors, 1)
+        yield _flow(setting, "refit", "stages to all", spread.pp, spread.stage_ranks, whole, tensors, 1)
     writers = setting.writers
     if writers is None or writers.colocated:
         return

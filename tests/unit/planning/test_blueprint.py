@@ -22,6 +22,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    cp: int = 1
     multiple: int = 1
     trained: bool = True
     distributed: bool = True
@@ -32,18 +33,21 @@ class Case:
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             sequence_parallel=self.tp > 1,
+            context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
         )
 
     @property
     def spread(self) -> Spread:
-        return Spread(self.tp, self.pp, self.ranks // (self.tp * self.pp), self.ep, self.tp > 1)
+        replicas = self.ranks // (self.tp * self.cp * self.pp)
+        return Spread(self.tp, self.pp, replicas, self.ep, self.tp > 1, self.cp)
 
 
 CASES = [
     Case("Qwen3-1.7B", ranks=8),
     Case("Qwen3-1.7B", ranks=8, tp=2, pp=2, distributed=False),  # a tied output layer on a stage of its own
     Case("Qwen3-8B", ranks=256, tp=4, pp=4, multiple=128),
+    Case("Qwen3-8B", ranks=32, tp=2, cp=4, pp=2),
     Case("Qwen3-32B", ranks=512, tp=8, pp=4, trained=False),
     Case("Llama-3.2-3B", ranks=32, tp=4),
     Case("Llama-3.3-70B", ranks=1024, tp=8, pp=2, trained=False),
@@ -61,7 +65,9 @@ def built(case: Case) -> list[Any]:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-tp{case.tp}-pp{case.pp}-ep{case.ep}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.model}-tp{case.tp}-pp{case.pp}-ep{case.ep}-cp{case.cp}"
+)
 def test_the_arithmetic_is_megatrons(case: Case, alone: Callable[..., Any]) -> None:
     shape = model_shape("student.model", case.model)
     ranks = alone(built, case)

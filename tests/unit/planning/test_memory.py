@@ -114,6 +114,7 @@ LAYOUTS = [
     ("qwen3", "bfloat16", 2, {"student__tensor_model_parallel_size": 2}),
     ("qwen3", "float32", 2, {"student__tensor_model_parallel_size": 2, "student__sequence_parallel": True}),
     ("qwen3-tied", "bfloat16", 2, {"student__pipeline_model_parallel_size": 2}),
+    ("qwen3", "bfloat16", 2, {"student__context_parallel_size": 2}),
 ]
 
 

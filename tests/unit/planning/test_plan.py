@@ -14,6 +14,7 @@ from nemo_opd.errors import ConfigError
 from nemo_opd.planning.alternatives import suggestion, sweep
 from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
 from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
+from nemo_opd.planning.text import layout
 
 RECIPE = """\
 run: {dir: run}
@@ -153,6 +154,24 @@ def test_a_sweep_prints_layouts_that_fit_fastest_first(recipe: Path) -> None:
     assert steps == sorted(steps)
     assert not any(one.plan.problems for one in best)
     assert steps[0] <= plan(make_setting(config, Options())).times.step
+
+
+def test_sequences_that_are_cut(recipe: Path) -> None:
+    """Half the activations for each rank, the same gradients to reduce, and keys and values that go round."""
+    words = ("train.processes=8", "optimizer.distributed=false", "train.micro_batch_tokens=4096")
+    whole, cut = planned(recipe, *words), planned(recipe, *words, "student.context_parallel_size=2")
+    assert cut.setting.student.spread.dp == 4 and layout(cut.setting).startswith("student CP 2 x DP 4;")
+    assert cut.worst.activations == pytest.approx(whole.worst.activations / 2)
+    assert cut.ranks[0].stays == whole.ranks[0].stays
+    assert sent(cut, "replicas: gradients") == sent(whole, "replicas: gradients") > 0
+    assert sent(whole, "student: keys and values to other parts") == 0
+    # 64 sequences of 2048 over 8 ranks, 28 layers with 8 key-value heads of 128: there, and back with a gradient
+    positions = 64 * 2048 / 8
+    assert sent(cut, "student: keys and values to other parts") == pytest.approx(28 * 3 * positions * 2 * 1024 * 2)
+    assert cut.times.parts["update"] == pytest.approx(whole.times.parts["update"])
+    assert cut.times.parts["train"] > whole.times.parts["train"] * 0.9
+    with pytest.raises(ConfigError, match=r"got 6 processes; expected a multiple of 4"):
+        planned(recipe, "train.processes=6", "student.context_parallel_size=4")
 
 
 def test_experts_lie_whole_on_their_ranks(recipe: Path) -> None:
