@@ -104,7 +104,7 @@ def assemble(config: Config, processes: Processes, stop: StopRequest, heartbeat:
     key = config.data.teacher_key
     routing = None if key is None else Routing(key, list(config.teachers))
     context = build_teacher_context(config, routing)
-    stop_rule = build_stop_rule(config, processes, tokenizer, context, generator, scorer)
+    stop_rule = build_stop_rule(config, processes, context, generator, scorer)
     stateful: dict[str, Stateful] = {} if isinstance(stop_rule, NoStop) else {f"stop {config.stop.name}": stop_rule}
     restore(stateful, state)
     if processes.is_first:
@@ -328,7 +328,6 @@ def teacher_tokenizer(config: Config, key: str = "teacher") -> Tokenizer:
 def build_stop_rule(
     config: Config,
     processes: Processes,
-    tokenizer: Tokenizer,
     context: TeacherContext,
     generator: Generator | None,
     scorer: Scorer | None,
@@ -338,7 +337,7 @@ def build_stop_rule(
     if isinstance(config.stop, TrapStop):
         assert isinstance(generator, HFGenerator | VLLMGenerator) and scorer is not None
         measure = build_measure(config, config.stop, processes, generator, scorer)
-    return build_stop(config.stop, context, decoder(tokenizer), processes, config.run.seed, measure)
+    return build_stop(config.stop, context, processes, config.run.seed, measure)
 
 
 def build_measure(

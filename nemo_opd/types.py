@@ -122,12 +122,19 @@ class Rollout:
     loss_mask: Tensor
     """bool [response], True where the token is trained on."""
     finish: Finish
-    text: str = ""
+    decode: Callable[[Tensor], str] | None = None
+    """int64 [response] -> text: what a tokenizer does, or the text itself where the response was one."""
     reward: float | None = None
     """The verifier's answer in [0, 1]; None when nothing verified it."""
     best: BestIds | None = None
     """What the student held most probable, with the weights that drew the token, at as many of the last tokens as the
     writer's last call drew. In the process that wrote the response alone, and only where a stop rule wants it."""
+
+    @property
+    def text(self) -> str:
+        """Decoded anew each time it is asked for: every process holds every response of a step, and few texts are read.
+        Empty without `decode`."""
+        return "" if self.decode is None else self.decode(self.response_ids)
 
 
 class Need(enum.IntEnum):

@@ -65,7 +65,7 @@ def rollout_of(sequence: Finished, eos_ids: Sequence[int], decode: Callable[[Ten
         policy_version=sequence.versions.clone(),
         loss_mask=torch.ones_like(ids, dtype=torch.bool),
         finish=Finish.EOS if ended else Finish.LENGTH,
-        text="" if decode is None else decode(ids),
+        decode=decode,
     )
 
 

@@ -1,7 +1,7 @@
 """Rollouts travel between processes as two flat tensors, so that nothing has to be unpickled.
 
-Prompts are not sent: every rank reads the same prompt stream and knows them by position. Text is decoded again from
-the ids by whoever wants it. `Rollout.best`, hundreds of bytes a token, stays where it is.
+Prompts are not sent: every rank reads the same prompt stream and knows them by position. Nor are texts: they are
+decoded from the ids where they are read. `Rollout.best`, hundreds of bytes a token, stays where it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def unflatten(
                 policy_version=version.clone(),
                 loss_mask=mask.bool(),
                 finish=Finish(finish),
-                text=decode(ids),
+                decode=decode,
                 reward=None if math.isnan(reward) else reward,
             )
         )

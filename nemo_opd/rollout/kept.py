@@ -67,7 +67,7 @@ class KeptRollouts:
                 if self._digests[key] != digest(prompt) or age(rollout, step) > self._oldest:
                     dropped += 1
                     continue
-                found.append(replace(rollout, prompt=prompt, text=self._decode(rollout.response_ids)))
+                found.append(replace(rollout, prompt=prompt, decode=self._decode))
         if dropped:
             log.warning("%d finished rollouts of step %d are too old or answer other prompts", dropped, step)
         return found

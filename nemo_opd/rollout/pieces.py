@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,7 +31,7 @@ def continued(before: Rollout, after: Rollout) -> Rollout:
     )
 
 
-def shortened(rollout: Rollout, length: int, decode: Callable[[Tensor], str]) -> Rollout:
+def shortened(rollout: Rollout, length: int) -> Rollout:
     """The first `length` tokens, finished by a stop rule, without `best`. The reward, if any, stays that of the whole
     response."""
     assert length <= len(rollout.response_ids), (length, len(rollout.response_ids))
@@ -44,6 +43,5 @@ def shortened(rollout: Rollout, length: int, decode: Callable[[Tensor], str]) ->
         policy_version=rollout.policy_version[:length],
         loss_mask=rollout.loss_mask[:length],
         finish=Finish.STOPPED,
-        text=decode(rollout.response_ids[:length]),
         best=None,
     )

@@ -101,7 +101,7 @@ def dataset_rollout(prompt: Prompt, ids: torch.Tensor, finish: Finish) -> Rollou
         policy_version=torch.full((count,), -1),
         loss_mask=torch.ones(count, dtype=torch.bool),
         finish=finish,
-        text=prompt.response or "",
+        decode=lambda _: prompt.response or "",
     )
 
 

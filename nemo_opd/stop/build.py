@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from nemo_opd.config import DefaultStop, FixedStop, KatStop, LengthMatchedStop, SlotConfig
 from nemo_opd.processes import Processes
 from nemo_opd.stop.base import NoStop, StopRule
@@ -20,7 +16,6 @@ from nemo_opd.teacher.contexts import TeacherContext
 def build_stop(
     slot: SlotConfig,
     context: TeacherContext,
-    decode: Callable[[Tensor], str],
     processes: Processes,
     seed: int,
     measure: Measure | None = None,
@@ -29,7 +24,6 @@ def build_stop(
 
     Args:
         context: what the teacher sees.
-        decode: int64 [response] -> text, for responses that are cut.
         seed: of the run.
         measure: of the divergence between student and teacher, for the rules that look at it.
     """
@@ -40,7 +34,7 @@ def build_stop(
     assert isinstance(slot, KatStop | LengthMatchedStop) and measure is not None, slot
     watch = TrapWatch(slot, measure)
     if isinstance(slot, LengthMatchedStop):
-        return LengthMatched(watch, slot.tolerance, seed, decode)
+        return LengthMatched(watch, slot.tolerance, seed)
     if slot.form == "after":
-        return KatAfter(watch, decode)
-    return KatSegments(watch, context, slot.segment_tokens, processes, decode)
+        return KatAfter(watch)
+    return KatSegments(watch, context, slot.segment_tokens, processes)

@@ -12,12 +12,11 @@ Where vLLM writes, d costs none of the student: it says what is needed of it as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_opd.config import TrapStop
 from nemo_opd.engines.protocols import Generator
@@ -104,8 +103,8 @@ class Watched:
     """What stop rules have in common that judge by a `TrapWatch`: rollouts are written whole, and the rule's history
     is all that must be remembered. See `nemo_opd.stop.base.StopRule`."""
 
-    def __init__(self, watch: TrapWatch, decode: Callable[[Tensor], str]) -> None:
-        self._watch, self._decode = watch, decode
+    def __init__(self, watch: TrapWatch) -> None:
+        self._watch = watch
 
     def writer(self, generator: Generator) -> Generator:
         return generator
@@ -126,7 +125,7 @@ class KatAfter(Watched):
     def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:
         self._watch.judge_whole(rollouts, contexts)
         pairs = zip(rollouts, self._watch.judged, strict=True)
-        return [shortened(rollout, j.kept, self._decode) if j.is_cut else rollout for rollout, j in pairs]
+        return [shortened(rollout, j.kept) if j.is_cut else rollout for rollout, j in pairs]
 
 
 def trap_metrics(judged: Sequence[Judged], threshold: float | None) -> dict[str, float]:

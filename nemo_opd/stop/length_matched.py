@@ -19,10 +19,8 @@ Source: the length-only controls of arXiv 2606.09471, with the total made equal.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from nemo_opd.rollout.pieces import shortened
 from nemo_opd.rollout.seeds import derive_seed
@@ -39,8 +37,8 @@ _MOVES_PER_ROLLOUT = 200
 class LengthMatched(Watched):
     """KAT's cut lengths at random, as many tokens kept."""
 
-    def __init__(self, watch: TrapWatch, tolerance: float, seed: int, decode: Callable[[Tensor], str]) -> None:
-        super().__init__(watch, decode)
+    def __init__(self, watch: TrapWatch, tolerance: float, seed: int) -> None:
+        super().__init__(watch)
         self._tolerance, self._seed = tolerance, seed
         self._dealt: dict[int, int] = {}
 
@@ -51,10 +49,8 @@ class LengthMatched(Watched):
         cuts = {i: j.kept for i, j in enumerate(judged) if j.is_cut}
         rng = random.Random(derive_seed(self._seed, _STEP_SEEDS, self._watch.history.steps, 0))
         self._dealt = deal(lengths, cuts, self._tolerance, rng)
-        return [
-            shortened(rollout, self._dealt[i], self._decode) if i in self._dealt else rollout
-            for i, rollout in enumerate(rollouts)
-        ]
+        dealt = self._dealt
+        return [shortened(rollout, dealt[i]) if i in dealt else rollout for i, rollout in enumerate(rollouts)]
 
     def end_step(self) -> StopReport:
         judged = self._watch.judged

@@ -96,10 +96,9 @@ class SegmentedGenerator:
         contexts: Contexts,
         segment_tokens: int,
         processes: Processes,
-        decode: Callable[[Tensor], str],
     ) -> None:
         self._generator, self._watch, self._contexts = generator, watch, contexts
-        self._segment_tokens, self._processes, self._decode = segment_tokens, processes, decode
+        self._segment_tokens, self._processes = segment_tokens, processes
 
     @property
     def version(self) -> int:
@@ -189,7 +188,7 @@ class SegmentedGenerator:
         kept = track.verdict.kept
         if kept is None:
             return replace(mine.rollout, best=None)
-        return shortened(mine.rollout, track.start + kept, self._decode)
+        return shortened(mine.rollout, track.start + kept)
 
 
 def _key(request: GenerateRequest) -> tuple[int, int, int]:
@@ -239,20 +238,15 @@ class KatSegments(Watched):
     """`form: segments` of the `stop` slot's choice `kat`."""
 
     def __init__(
-        self,
-        watch: TrapWatch,
-        context: TeacherContext,
-        segment_tokens: int,
-        processes: Processes,
-        decode: Callable[[Tensor], str],
+        self, watch: TrapWatch, context: TeacherContext, segment_tokens: int, processes: Processes
     ) -> None:
         """`context` must do without what the student has not written yet."""
-        super().__init__(watch, decode)
+        super().__init__(watch)
         self._context, self._segment_tokens, self._processes = context, segment_tokens, processes
 
     def writer(self, generator: Generator) -> Generator:
         return SegmentedGenerator(
-            generator, self._watch, self._before_writing, self._segment_tokens, self._processes, self._decode
+            generator, self._watch, self._before_writing, self._segment_tokens, self._processes
         )
 
     def cut(self, rollouts: Sequence[Rollout], contexts: Sequence[Context]) -> list[Rollout]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nemo_opd.types import Finish, Prompt, Rollout
@@ -32,3 +34,8 @@ def make_rollout(
         finish=Finish.EOS,
         reward=reward,
     )
+
+
+def saying(rollout: Rollout, text: str) -> Rollout:
+    """The same with a text that has nothing to do with its ids."""
+    return replace(rollout, decode=lambda _: text)

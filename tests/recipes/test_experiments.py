@@ -21,7 +21,7 @@ from nemo_opd.configuration.load import load
 from nemo_opd.prompts.template import load_tokenizer, render_chat
 from nemo_opd.teacher.insertion import ContextRenderer
 from nemo_opd.teacher.peers import Peers
-from tests.helpers.rollouts import make_prompt, make_rollout
+from tests.helpers.rollouts import make_prompt, make_rollout, saying
 from tests.helpers.workspace import make_workspace
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "reproductions"
@@ -171,7 +171,7 @@ def test_the_base_model_of_peers_reads_what_peers_show(world: Path) -> None:
     assert right == read["response"] == "7+5=12,12-3=9#9" != wrong
     prompt = replace(make_prompt(0), messages=({"role": "user", "content": "7+5-3="},))
     group = [
-        replace(make_rollout(0, 3, sample), prompt=prompt, text=text, reward=float(text == right))
+        saying(replace(make_rollout(0, 3, sample), prompt=prompt, reward=float(text == right)), text)
         for sample, text in enumerate(("9#9", right, wrong))
     ]
     peers = Peers(PeersContext(successes=1, failures=1), ContextRenderer(tokenizer), seed=0)

@@ -97,7 +97,7 @@ Step = tuple[list[Rollout], int, int]
 
 def two_steps(generator: Generator, measure: Measure, slot: KatStop, site: Site) -> list[Step]:
     """One without the rule and one with it, of the same requests."""
-    rule, steps = build_stop(slot, SamePrompt(), str, ALONE, 0, measure), []
+    rule, steps = build_stop(slot, SamePrompt(), ALONE, 0, measure), []
     for _ in range(2):
         before = site.tokens()
         rollouts = list(rule.writer(generator).generate(REQUESTS, Sampling(LIMIT), lambda: False))

@@ -160,7 +160,7 @@ def rollout(request: GenerateRequest, versions: Tensor) -> Rollout:
         policy_version=versions.clone(),
         loss_mask=torch.ones(count, dtype=torch.bool),
         finish=Finish.LENGTH,
-        text=decode(ids),
+        decode=decode,
     )
 
 

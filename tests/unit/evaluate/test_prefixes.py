@@ -36,11 +36,15 @@ class Grader:
     def close(self) -> None: ...
 
 
+def _joined(ids: torch.Tensor) -> str:
+    return "".join(map(str, ids.tolist()))
+
+
 def _rollout(request: GenerateRequest, ids: list[int], finish: Finish) -> Rollout:
     count = len(ids)
     return Rollout(
         request.prompt, request.sample, torch.tensor(ids), torch.zeros(count), torch.zeros(count, dtype=torch.int8),
-        torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), finish, "".join(map(str, ids)),
+        torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), finish, _joined,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from nemo_opd.processes import Processes
 from nemo_opd.reliability.stop import StopRequest
 from nemo_opd.types import GenerateRequest, Prompt, Rollout, Sampling, StopRequested
 from tests.helpers.ranks import RankPool
-from tests.helpers.rollouts import make_prompt, make_rollout
+from tests.helpers.rollouts import make_prompt, make_rollout, saying
 
 
 class Writer:
@@ -28,7 +28,7 @@ class Writer:
     ) -> Iterator[Rollout]:
         for request in reversed(requests):
             rollout = make_rollout(request.prompt.index, length=5, sample=request.sample)
-            yield replace(rollout, prompt=request.prompt, text=str(request.prompt.index % 2 + request.sample))
+            yield saying(replace(rollout, prompt=request.prompt), str(request.prompt.index % 2 + request.sample))
 
 
 def _grade(text: str, prompt: Prompt) -> float | None:

@@ -43,7 +43,7 @@ class _Source:
         for prompt in prompts:
             for sample in range(3):
                 ids = torch.tensor([sample, 5, 5])
-                yield replace(make_rollout(prompt.index, 3, sample), response_ids=ids, text=_text(ids))
+                yield replace(make_rollout(prompt.index, 3, sample), response_ids=ids, decode=_text)
 
 
 def _text(ids: torch.Tensor) -> str:

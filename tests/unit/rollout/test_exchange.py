@@ -21,11 +21,15 @@ def _everyone() -> list[Rollout]:
     ]
 
 
+def _joined(ids: torch.Tensor) -> str:
+    return "-".join(map(str, ids.tolist()))
+
+
 def _gather(rank: int) -> list[Rollout]:
     everyone = _everyone()
     prompts = [everyone[2 * i].prompt for i in range(4)]
     mine = [everyone[i] for i in ((7, 0, 3), (6, 2, 1, 4, 5))[rank]]
-    return gather_rollouts(Processes.current(), mine, prompts, lambda ids: "-".join(map(str, ids.tolist())))
+    return gather_rollouts(Processes.current(), mine, prompts, _joined)
 
 
 def test_all_fields_survive_in_canonical_order(ranks2: RankPool):
@@ -37,10 +41,23 @@ def test_all_fields_survive_in_canonical_order(ranks2: RankPool):
                 if isinstance(b, torch.Tensor):
                     assert a.dtype == b.dtype, field.name
                     assert torch.equal(a, b), field.name
-                elif field.name == "text":
-                    assert a == "-".join(map(str, sent.response_ids.tolist()))
+                elif field.name == "decode":
+                    assert got.text == _joined(sent.response_ids)
                 else:
                     assert a == b, field.name
+
+
+def test_texts_are_made_where_they_are_read_alone() -> None:
+    asked: list[int] = []
+
+    def decode(ids: torch.Tensor) -> str:
+        asked.append(len(ids))
+        return _joined(ids)
+
+    everyone = _everyone()
+    gathered = gather_rollouts(Processes(), everyone, [rollout.prompt for rollout in everyone[::2]], decode)
+    assert len(gathered) == 8 and not asked
+    assert gathered[5].text == _joined(everyone[5].response_ids) and asked == [len(everyone[5].response_ids)]
 
 
 def test_one_process_without_rollouts():

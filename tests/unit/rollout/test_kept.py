@@ -29,7 +29,7 @@ def decode(ids: torch.Tensor) -> str:
 def finished(index: int, sample: int, best: bool = False) -> Rollout:
     length = 2 + (3 * index + sample) % 5
     rollout = make_rollout(index, length, sample, reward=None if index == 1 else 0.1 + index)
-    rollout = replace(rollout, text=decode(rollout.response_ids), loss_mask=torch.ones(length, dtype=torch.bool))
+    rollout = replace(rollout, decode=decode, loss_mask=torch.ones(length, dtype=torch.bool))
     if not best:
         return rollout
     ids = torch.arange(4 * (length - 1), dtype=torch.int32).reshape(-1, 4)

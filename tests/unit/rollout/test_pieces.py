@@ -16,7 +16,7 @@ PER_TOKEN = ("response_ids", "sampler_logprobs", "author", "policy_version", "lo
 
 def test_a_continuation_keeps_what_is_known_of_the_first_tokens() -> None:
     whole = make_rollout(1, 9)
-    before = shortened(whole, 4, lambda ids: "")
+    before = shortened(whole, 4)
     nobody = torch.arange(9) < 4
     after = replace(
         whole,
@@ -38,8 +38,8 @@ def test_a_continuation_of_something_else_is_our_own_bug() -> None:
 
 @pytest.mark.parametrize("length", [0, 3])
 def test_shortened(length: int) -> None:
-    whole = make_rollout(1, 9, reward=1.0)
-    short = shortened(whole, length, lambda ids: f"{len(ids)} tokens")
+    whole = replace(make_rollout(1, 9, reward=1.0), decode=lambda ids: f"{len(ids)} tokens")
+    short = shortened(whole, length)
     for name in PER_TOKEN:
         assert torch.equal(getattr(short, name), getattr(whole, name)[:length]), name
     assert (short.finish, short.text, short.reward) == (Finish.STOPPED, f"{length} tokens", 1.0)

@@ -57,7 +57,7 @@ def parts(slot: KatStop, processes: Processes, context: Any = None) -> tuple[HFG
     generator = HFGenerator(tiny_model(seed=0, vocab_size=VOCAB), batch_size=4, eos_ids=(EOS,), decode=decode)
     teacher = HFScorer(tiny_model(seed=1, vocab_size=VOCAB))
     measure = Measure(TailDivergence(HFScorer(generator.model), teacher, slot.k, processes), processes)
-    return generator, build_stop(slot, context or SamePrompt(), decode, processes, 0, measure)
+    return generator, build_stop(slot, context or SamePrompt(), processes, 0, measure)
 
 
 def run(slot: KatStop, steps: int, processes: Processes = ALONE, context: Any = None) -> tuple[list[Any], Any]:
@@ -231,7 +231,7 @@ def agreed(spans: Sequence[Any]) -> list[torch.Tensor]:
 
 def stopped(rank: int, stop_after: int) -> tuple[int, int]:
     """(rollouts, calls) of a rank where rank 1 is asked to stop after so many calls, and rank 0 has no work."""
-    rule = build_stop(SLOT, SamePrompt(), decode, Processes.current(), 0, agreed)
+    rule = build_stop(SLOT, SamePrompt(), Processes.current(), 0, agreed)
     rule.load_state({"lowest": [0.5] * 8, "steps": 1})
     writer = Writer(stop_after)
     generator: Generator = rule.writer(writer)
