@@ -6,11 +6,12 @@ write beside it, writing takes nothing here. The largest of the three decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nemo_opd.planning.activations import Kernels, layer_activations, layer_input, passing
+from nemo_opd.planning.activations import Kernels, passing
 from nemo_opd.planning.gpus import GIB
+from nemo_opd.planning.moments import Parts, activations, moments, one_layer
 from nemo_opd.planning.setting import Model, Serving, Setting
 
 _FP32 = 4
@@ -24,9 +25,6 @@ _KNOWN = 26
 _LOGITS_WHILE_DRAWING = 3
 """Copies of a batch's logits while the embedded generator draws: logits, filtered, noise."""
 
-Parts = dict[str, float]
-"""Bytes by what they are for."""
-
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -39,8 +37,10 @@ class RankMemory:
     stays: Parts
     phases: Mapping[str, Parts]
     """What writing, scoring and training add."""
+    activations: float
+    """What training keeps of all micro-batches in flight."""
     recomputed: float
-    """What activations would take if layers were computed again in backward."""
+    """What that would be if layers were computed again in backward."""
     reserved: float = 0.0
 
     def total(self, phase: str) -> float:
@@ -50,10 +50,6 @@ class RankMemory:
     def peak(self) -> tuple[str, float]:
         """(phase, bytes) of the largest."""
         return max(((phase, self.total(phase)) for phase in self.phases), key=lambda pair: pair[1])
-
-    @property
-    def activations(self) -> float:
-        return self.phases["training"].get("activations", 0.0)
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,9 @@ def rank_memory(setting: Setting, kernels: Kernels = "te") -> list[RankMemory]:
 
 def _rank(setting: Setting, name: str, stages: Mapping[str, int], kernels: Kernels) -> RankMemory:
     assumed = setting.cluster.assumptions
-    training, recomputed = _training(setting, stages["student"], kernels)
-    phases = {"writing": _writing(setting), "scoring": _scoring(setting, stages), "training": training}
+    stage = stages["student"]
+    training = _training(setting, stage, kernels)
+    phases = {"writing": _writing(setting), "scoring": _scoring(setting, stages, kernels), "training": training}
     if _scores_while_writing(setting):
         phases["writing"] = {**phases["scoring"], **phases["writing"]}
     server = "awake server"
@@ -105,8 +102,18 @@ def _rank(setting: Setting, name: str, stages: Mapping[str, int], kernels: Kerne
     asleep = assumed.asleep_gib * GIB if writers is not None and writers.colocated else 0.0
     for phase in ("scoring", "training"):
         loose[phase] |= {"sleeping server": asleep} if asleep else {}
-    stays = _stays(setting, stages)
-    return RankMemory(name, stages, stays, loose, recomputed * assumed.slack, assumed.reserved_gib * GIB)
+    full = setting.config.student.recompute == "full"
+    again = activations(setting, stage, kernels, recompute=True) + one_layer(setting, kernels)
+    kept = again if full else activations(setting, stage, kernels, recompute=False)
+    return RankMemory(
+        ranks=name,
+        stages=stages,
+        stays=_stays(setting, stages),
+        phases=loose,
+        activations=kept * assumed.slack,
+        recomputed=again * assumed.slack,
+        reserved=assumed.reserved_gib * GIB,
+    )
 
 
 def _scores_while_writing(setting: Setting) -> bool:
@@ -169,14 +176,18 @@ def _writing(setting: Setting) -> Parts:
     return largest
 
 
-def _scoring(setting: Setting, stages: Mapping[str, int]) -> Parts:
-    """The largest teacher's: they score one after the other."""
+def _scoring(setting: Setting, stages: Mapping[str, int], kernels: Kernels) -> Parts:
+    """The largest teacher's: they score one after the other. Answers are sent when the last row is through."""
     largest: Parts = {}
     for model, _ in setting.teachers():
-        parts = {f"{model.key}, forward": model.held * passing(model.shape, model.spread, model.width)}
+        forward = {f"{model.key}, forward": model.held * passing(model.shape, model.spread, model.width, kernels)}
+        found = [forward]
         if stages[model.key] == model.spread.pp - 1:
-            parts |= _answers(setting, model)
-        largest = max(largest, parts, key=lambda one: sum(one.values()))
+            answers = _answers(setting, model)
+            found = [forward | answers]
+            if setting.whole_teacher:
+                found.append(answers | {f"{name}, as sent": size for name, size in answers.items()})
+        largest = max([largest, *found], key=lambda one: sum(one.values()))
     return largest
 
 
@@ -188,39 +199,12 @@ def _answers(setting: Setting, model: Model) -> Parts:
     window = _ROWS_OF_A_WINDOW * model.spread.pp
     responses = setting.scored / model.spread.dp * setting.response
     tokens = min(window * model.row, responses)
-    return {f"{model.key}, hidden states of a window": 2 * tokens * model.shape.hidden * model.width}  # and as sent
+    return {f"{model.key}, hidden states of a window": tokens * model.shape.hidden * model.width}
 
 
-def _training(setting: Setting, stage: int, kernels: Kernels) -> tuple[Parts, float]:
-    """(what training adds, activations with recomputation)."""
-    student, row = setting.student, setting.student.held
-    layers = student.shape.layers // student.spread.pp
-    in_flight = min(setting.rows, student.spread.pp - stage)
-    kept = sum(layer_activations(student.shape, student.spread, student.width, kernels).values())
-    moving = row * passing(student.shape, student.spread, student.width, kernels)
-    again = row * (in_flight * layers * layer_input(student.shape, student.spread, student.width) + kept)
-    beside = {"backward of a layer": moving}
-    if stage == student.spread.pp - 1:  # the loss lets its buffers go before backward enters the layers
-        beside = max(beside, dict(_loss(setting, kernels)), key=lambda parts: sum(parts.values()))
-    whole = again if setting.config.student.recompute == "full" else row * in_flight * layers * kept
-    return {"activations": whole, **beside}, again
-
-
-def _loss(setting: Setting, kernels: Kernels) -> Iterator[tuple[str, float]]:
-    """Of one row, on the student's last stage."""
-    student, row = setting.student, setting.student.held
-    multiple = setting.config.student.vocab_padding_multiple
-    columns = student.shape.vocabulary_rows(student.spread.tp, multiple)
-    yield "hidden states and their gradient", 4 * row * student.shape.hidden * student.width
-    buffers = 2 if student.spread.tp > 1 else 1
-    if setting.whole_teacher:
-        widths = [model.shape.hidden * model.width for model, _ in setting.teachers()]
-        yield "teacher's hidden states of a row", row * max(widths, default=0)
-        buffers += 1
-    chunk = min(setting.config.train.loss_chunk_tokens, row) * columns
-    copy = student.width if kernels == "te" and student.width < _FP32 else 0  # the gradient as matrices want it
-    yield "output-layer chunk", chunk * (buffers * _FP32 + copy)
-    yield "output layer's empty gradient", columns * student.shape.hidden * student.width
+def _training(setting: Setting, stage: int, kernels: Kernels) -> Parts:
+    """What training adds at the worst of its moments."""
+    return max(moments(setting, stage, kernels).values(), key=lambda parts: sum(parts.values()))
 
 
 def server_memory(setting: Setting, serving: Serving) -> ServerMemory:

@@ -132,7 +132,7 @@ class ModelShape:
             tied=bool(values.get("tie_word_embeddings", False)),
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
-            experts=values.get("num_experts") or 0,
+            experts=values.get("num_experts") or values.get("num_local_experts") or 0,  # transformers 4, and 5
             experts_per_token=values.get("num_experts_per_tok") or 0,
             expert_ffn=values.get("moe_intermediate_size") or 0,
         )

@@ -71,3 +71,11 @@ def test_experts_in_some_layers_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "moe" / "config.json").write_text(json.dumps({**values, "mlp_only_layers": [0]}))
     with pytest.raises(ConfigError, match="layers with and without experts"):
         model_shape("student.model", str(tmp_path / "moe"))
+
+
+def test_experts_are_counted_under_the_name_of_transformers_4_and_of_5(tmp_path: Path) -> None:
+    values = json.loads((Path(__file__).parents[3] / "nemo_opd/planning/models/Qwen3-30B-A3B.json").read_text())
+    values["num_local_experts"] = values.pop("num_experts")
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(values))
+    assert model_shape("student.model", str(tmp_path / "moe")).parameters == PUBLISHED["Qwen3-30B-A3B"]

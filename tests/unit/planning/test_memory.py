@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,10 @@ import torch
 
 from nemo_opd.config import Config
 from nemo_opd.planning.activations import layer_activations
-from nemo_opd.planning.gpus import GPUS, Assumptions, Cluster
 from nemo_opd.planning.memory import rank_memory
-from nemo_opd.planning.plan import Options, make_setting
-from nemo_opd.planning.setting import Setting
-from tests.helpers.megatron import random_hidden, recipe, replica_batch
+from tests.helpers.planned import TEACHER_HIDDEN, long_batch, long_rows, setting_of
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_checkpoint
-
-PROMPT, RESPONSE = 129, 384
-ROWS = 2
 
 
 @pytest.fixture(scope="module")
@@ -32,51 +25,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("qwen3", "llama"):
         tiny_checkpoint(folder / family, family, **sizes)
         tiny_checkpoint(folder / f"{family}-tied", family, **sizes, tie_word_embeddings=True)
-    tiny_checkpoint(folder / "teacher", "qwen3", seed=1, **{**sizes, "hidden_size": 192})
+    tiny_checkpoint(folder / "teacher", "qwen3", seed=1, **{**sizes, "hidden_size": TEACHER_HIDDEN})
     return folder
 
 
-def planned(config: Config, processes: int) -> Setting:
-    """Without what is reserved on a GPU."""
-    bare = Assumptions(reserved_gib=1e-9, slack=1.0)
-    setting = make_setting(config, Options(gpus_per_node=processes, nodes=1, assumptions=bare))
-    return dataclasses.replace(setting, cluster=Cluster(GPUS["h100"], 1, processes, bare))
-
-
 def settings(models: Path, student: str, dtype: str, **more: Any) -> Config:
-    config = recipe(models / student, models / "teacher", **more)
-    config.student.dtype = config.teacher.dtype = dtype
-    config.optimizer.distributed = False
-    config.data.max_prompt_tokens, config.rollout.max_new_tokens = PROMPT, RESPONSE
-    config.train.micro_batch_tokens = PROMPT + RESPONSE - 1
-    config.train.prompts_per_step, config.train.loss_chunk_tokens = ROWS, 64
-    return config
-
-
-def batch(config: Config, loss: Any, trainer: Any, vocabulary: int) -> Any:
-    """Rows of one response each, as long as the recipe allows."""
-    from nemo_opd.types import Author, Finish, Prompt, Rollout
-
-    draws = torch.Generator().manual_seed(0)
-    rollouts = [
-        Rollout(
-            prompt=Prompt(i, 0, (), tuple(torch.randint(0, vocabulary, (PROMPT,), generator=draws).tolist())),
-            sample=0,
-            response_ids=torch.randint(0, vocabulary, (RESPONSE,), generator=draws),
-            sampler_logprobs=torch.full((RESPONSE,), -3.0),
-            author=torch.full((RESPONSE,), int(Author.STUDENT), dtype=torch.int8),
-            policy_version=torch.zeros(RESPONSE, dtype=torch.int64),
-            loss_mask=torch.ones(RESPONSE, dtype=torch.bool),
-            finish=Finish.EOS,
-        )
-        for i in range(ROWS)
-    ]
-    scores = (
-        random_hidden(rollouts, 0, 192, getattr(torch, config.teacher.dtype)) if trainer.place.computes_loss else {}
-    )
-    place = trainer.place
-    capacity = config.train.micro_batch_tokens
-    return replica_batch(rollouts, scores, loss, place.data_parallel_rank, place.data_parallel_size, capacity)
+    return long_rows(models / student, models / "teacher", dtype, prompt=129, response=384, **more)
 
 
 def measured(rank: int, config: Config) -> dict[str, float]:
@@ -89,7 +43,7 @@ def measured(rank: int, config: Config) -> dict[str, float]:
     loss = build_loss(config.loss)
     trainer = MegatronTrainer(config, loss, None, 10)
     trainer.set_teacher_output(config.teacher.model)
-    step = batch(config, loss, trainer, 512)
+    step = long_batch(config, loss, trainer, 512)
     trainer.train_step(step)  # Adam makes its moments at the first update
     return {
         "parameters": sum(p.nbytes for p in trainer.model.parameters()),
@@ -125,7 +79,7 @@ def test_weights_gradients_and_optimizer_take_what_was_planned(
     config = settings(models, student, dtype, **more)
     pool: RankPool = request.getfixturevalue(f"ranks{processes}")
     ranks = pool.run(measured, config)
-    kinds = rank_memory(planned(config, processes), kernels="local")
+    kinds = rank_memory(setting_of(config, processes), kernels="local")
     for number, found in enumerate(ranks):
         kind = kinds[min(number, len(kinds) - 1)]
         stays = kind.stays
@@ -170,7 +124,7 @@ def saved(rank: int, folder: Path, dtype: str) -> float:
 def test_autograd_keeps_the_activations_that_were_planned(
     student: str, dtype: str, models: Path, ranks1: RankPool
 ) -> None:
-    setting = planned(settings(models, student, dtype), 1)
+    setting = setting_of(settings(models, student, dtype), 1)
     model = setting.student
     layer = sum(layer_activations(model.shape, model.spread, model.width, "local").values())
     last_norm = (8 if model.width < 4 else model.width) * model.shape.hidden

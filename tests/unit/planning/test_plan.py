@@ -13,6 +13,7 @@ from nemo_opd.cli import main
 from nemo_opd.errors import ConfigError
 from nemo_opd.planning.alternatives import suggestion, sweep
 from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
+from nemo_opd.planning.moments import moments
 from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
 from nemo_opd.planning.text import layout
 
@@ -59,7 +60,8 @@ def test_ranks_differ_by_the_stages_that_they_hold(recipe: Path) -> None:
     kinds = [(rank.ranks, tuple(rank.stages.values())) for rank in found.ranks]
     assert kinds == [("0 to 1", (0, 0)), ("2 to 3", (0, 1)), ("4 to 5", (1, 2)), ("6 to 7", (1, 3))]
     assert "training: output" not in str(found.ranks[0].phases["training"])
-    assert [("output-layer chunk" in rank.phases["training"]) for rank in found.ranks] == [False, False, True, True]
+    computes = ["loss" in moments(found.setting, rank.stages["student"], "te") for rank in found.ranks]
+    assert computes == [False, False, True, True]
     first, last = found.ranks[0], found.ranks[-1]
     assert first.activations == pytest.approx(2 * last.activations)  # two micro-batches in flight, not one
 
@@ -75,14 +77,14 @@ def test_a_self_teacher_costs_a_copy_or_nothing(recipe: Path) -> None:
 
 def test_the_output_layer_takes_chunks_and_no_more_for_more_tokens(recipe: Path) -> None:
     def loss(*words: str) -> float:
-        return planned(recipe, *words).ranks[0].phases["training"]["output-layer chunk"]
+        return moments(planned(recipe, *words).setting, 0, "te")["loss"]["output-layer chunk"]
 
     one = loss()
-    assert one == pytest.approx(1.08 * 256 * 151_936 * (2 * 4 + 2))  # both models' logits, and the gradient in bf16
+    assert one == pytest.approx(256 * 151_936 * (2 * 4 + 2))  # both models' logits, and the gradient in bf16
     assert loss("train.micro_batch_tokens=8192") == one
     assert loss("train.loss_chunk_tokens=512") == 2 * one
     halves = loss("student.tensor_model_parallel_size=2")  # one buffer more, each half as large
-    assert halves == pytest.approx(1.08 * 256 * 151_936 / 2 * (3 * 4 + 2))
+    assert halves == pytest.approx(256 * 151_936 / 2 * (3 * 4 + 2))
 
 
 def test_messages_by_hand(recipe: Path) -> None:
