@@ -4,8 +4,7 @@
 #   make test    environment, then ruff, mypy and every test that this machine can run; as root on Debian it installs
 #                Chromium where there is no browser, and SLURM where there is none
 #   make chaos   environment, then the tests of docs/recovery.md's promises as often as they promise: kills, full disks,
-#                corrupted files, ...; writes benchmarks/results/recovery.md (200 kills
-#                while saving alone take 10 minutes; the whole was not timed)
+#                corrupted files, ...; writes benchmarks/results/recovery.md (29 minutes on two busy cores)
 #   make lint    environment, then ruff and mypy
 #   make env     environment only
 #   make env LOCKED=1   the same from requirements/lock-cpu-linux-x86_64.txt: every archive by its SHA-256

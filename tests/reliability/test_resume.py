@@ -28,6 +28,10 @@ PLAIN = ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_paralle
 SMALL = ("stop.window=2", "stop.consecutive=2", "stop.warmup_samples=8", "stop.warmup_steps=1", "stop.k=8",
          "rollout.max_new_tokens=14", "stop.segment_tokens=3")  # fmt: skip
 KAT = ("algorithm=kat", "student.tensor_model_parallel_size=2", *SMALL)
+EMA = ("teacher.model=null", "teacher.source=ema", "teacher.decay=0.8", "student.tensor_model_parallel_size=2",
+       "context=privileged", "context.text=answer in base 4.", "context.max_tokens=32", "data.max_prompt_tokens=64",
+       "optimizer.lr=1e-2")  # fmt: skip
+CASES = {"opd": PLAIN, "kat": KAT, "ema": EMA}
 
 
 class _KilledError(Exception):
@@ -89,12 +93,12 @@ def _hashes(run_dir: Path) -> tuple[str, str]:
     return hashlib.sha256(str(prompts).encode()).hexdigest(), hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("overrides", [PLAIN, KAT], ids=["opd", "kat"])
+@pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_is_the_undisturbed_one(
-    ranks1: RankPool, ranks2: RankPool, fresh: RankPool, tmp_path: Path, overrides: tuple[str, ...]
+    ranks1: RankPool, ranks2: RankPool, fresh: RankPool, tmp_path: Path, name: str
 ) -> None:
     folder = make_workspace(tmp_path, problems=64)
-    whole, parts, settings = tmp_path / "whole", tmp_path / "parts", (*overrides, *COMMON)
+    whole, parts, settings = tmp_path / "whole", tmp_path / "parts", (*CASES[name], *COMMON)
     assert ranks2.run(_run, str(folder), str(whole), settings) == [True, True]
     assert ranks2.run(_run, str(folder), str(parts), settings, ("step", KILLED_IN)) == [False, False]
     assert max(path.name for path in (parts / "checkpoints").iterdir()) == f"step-{SAVED:08d}"
@@ -112,10 +116,13 @@ def test_a_resumed_run_is_the_undisturbed_one(
     }
     different, count = different_bits(tensors, expected)
     assert different == 0
-    if overrides is KAT:
+    if name == "ema":
+        assert sum("average" in key for key in tensors) > 8, "blind without the teacher's weights"
+    if name == "kat":
         [history] = ours["algorithm"].values()
         assert history["steps"] == STEPS and ours["steps"][-1]["kat/threshold"] > 0
-    record("R2", f"tensors that differ, {STEPS} steps against {SAVED} + {STEPS - SAVED}", f"{different} / {count}")
+    what = f"tensors that differ, {name}, {STEPS} steps against {SAVED} + {STEPS - SAVED}"
+    record("R2", what, f"{different} / {count}")
 
 
 def test_no_prompt_is_lost_or_repeated_with_other_numbers_of_replicas(

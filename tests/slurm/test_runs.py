@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_preempted_by_a_signal_then_by_slurm_it_ends_with_the_same_weights(undis
     job = site.submit(run, PROMPT, faults=SLOW_STEPS)
     run.wait_for_step(2, job)
     site.cluster.call("scancel", "--signal=USR1", "--batch", job)
+    asked = time.monotonic()
+    until(lambda: run.outcome.get("status") == "preempted", 120, "outcome", lambda: site.explain(job))
+    record("R8", "seconds from USR1 to a checkpoint and an outcome, steps of 1 s", f"{time.monotonic() - asked:.1f}")
     site.wait(job, "RUNNING", restarts=1)
     first = int(run.checkpoints[-1].removeprefix("step-"))
     assert 2 <= first < STEPS

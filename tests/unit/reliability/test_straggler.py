@@ -68,7 +68,7 @@ def test_two_hundred_steps_of_equal_ranks_name_nobody(ranks: int) -> None:
         return Own(rng.lognormvariate(0, 0.3) * (10 if rng.random() < 0.05 else 1))
 
     assert _named(ranks, 200, times) == {}
-    record("R11", f"false alarms in 200 steps of {ranks} ranks", "0")
+    record("R11", f"false alarms in 200 simulated steps of {ranks} ranks", "0")
 
 
 def test_what_is_compared_is_time_per_amount_among_ranks_of_a_kind() -> None:
