@@ -277,6 +277,32 @@ def test_recomputation_and_overlap_change_no_gradient(
     same_gradients(got, one_process_gradients["untied"])
 
 
+def distributed_curve(rank: int, config: Config) -> list[tuple[float, float, float]]:
+    """`curve` with Megatron's distributed optimizer around torch's Adam, which a recipe gets with Transformer Engine
+    only: its checkpoints could not be resumed otherwise."""
+    from unittest import mock
+
+    from nemo_opd.engines.megatron import optimizer, trainer
+
+    with (
+        mock.patch.object(optimizer, "use_distributed", lambda _: True),
+        mock.patch.object(trainer, "use_distributed", lambda _: True),
+        mock.patch.object(optimizer, "get_megatron_optimizer", wraps=optimizer.get_megatron_optimizer) as build,
+    ):
+        found = curve(rank, config)
+    assert build.call_args.args[0].use_distributed_optimizer
+    return found
+
+
+def test_the_distributed_optimizer_takes_the_same_steps(
+    folders: dict[str, Path], ranks2: RankPool, one_process_curves: dict[str, Any]
+) -> None:
+    """20 steps of two replicas, each of which updates half of the weights and gathers the rest."""
+    curves = ranks2.run(distributed_curve, fp32(folders, "untied"))
+    assert curves[0] == curves[1]
+    np.testing.assert_allclose(np.array(curves[0]), np.array(one_process_curves["untied"]), atol=1e-4, rtol=1e-4)
+
+
 def test_recomputation_and_overlap_of_experts(
     folders: dict[str, Path], ranks2: RankPool, one_process_experts: tuple[Any, Any]
 ) -> None:

@@ -55,7 +55,7 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
         fp8_recipe=None if fp8.recipe == "none" else fp8.recipe,
     )
-    return get_megatron_optimizer(megatron, [model], use_gloo_process_groups=distributed)
+    return get_megatron_optimizer(megatron, [model], use_gloo_process_groups=distributed and torch.cuda.is_available())
 
 
 def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:
