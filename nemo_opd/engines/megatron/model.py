@@ -61,6 +61,8 @@ class HiddenStateModel(GPTModel):
             [row, 1, hidden]; under sequence parallelism [row / TP, 1, hidden]. On the last stage after the final norm.
         """
         embedded = self.embedding(inputs.input_ids, inputs.position_ids) if self.pre_process else None
+        if embedded is not None:  # transposed by Megatron: with these strides torch copies a frozen weight per position
+            embedded = embedded.flatten(0, 1).unsqueeze(1)
         if inputs.packed is not None:  # Transformer Engine restarts the angles at `cu_seqlens`
             angles = self.rotary_pos_emb(inputs.longest, packed_seq=True)
             return self.decoder(
