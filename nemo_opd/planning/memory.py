@@ -20,8 +20,8 @@ _ADAM = 8
 _ROWS_OF_A_WINDOW = 8
 """Rows of a teacher's window for each of its pipeline stages, as in engines/megatron/scorer.py."""
 _SCORED_CHUNK = 256
-_KNOWN = 26
-"""Bytes of a token of a response: id, version, log-probability, author, mask, and about four letters."""
+_KNOWN = 22
+"""Bytes of a token of a response: id, version, log-probability, author, mask."""
 _LOGITS_WHILE_DRAWING = 3
 """Copies of a batch's logits while the embedded generator draws: logits, filtered, noise."""
 

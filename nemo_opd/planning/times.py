@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_opd.config import PeersContext
 from nemo_opd.planning.memory import server_memory
 from nemo_opd.planning.setting import Model, Serving, Setting
 from nemo_opd.planning.shapes import ModelShape
@@ -77,11 +78,14 @@ def _forward(shape: ModelShape, length: float) -> float:
 
 
 def _exchange(setting: Setting, moved: Sequence[Flow]) -> float:
-    """Messages, and the text of all responses, which every process makes anew."""
+    """Messages, and texts: each process makes those that it verifies, and with peers in the teacher's prompt all."""
     if not setting.generates:
         return 0.0
-    text = setting.responses * setting.written / setting.cluster.assumptions.text_tokens
-    return text + sum(flow.seconds for flow in moved if flow.part == "exchange")
+    texts = setting.responses / setting.processes if setting.config.verify.name != "none" else 0.0
+    if isinstance(setting.config.context, PeersContext):
+        texts += setting.responses
+    seconds = texts * setting.written / setting.cluster.assumptions.text_tokens
+    return seconds + sum(flow.seconds for flow in moved if flow.part == "exchange")
 
 
 def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:

@@ -121,6 +121,18 @@ def test_arithmetic_of_a_step(recipe: Path) -> None:
     assert found.times.parts["loss"] == pytest.approx(loss, rel=0.6)  # and reading the logits
 
 
+def test_a_text_costs_time_where_it_is_read(recipe: Path) -> None:
+    slow = Assumptions(text_tokens=1e3)
+
+    def exchange(*words: str) -> float:
+        return planned(recipe, *words, assumptions=slow).times.parts["exchange"]
+
+    tokens = 64 * 1024
+    verified, peers = ("verify.name=math",), ("verify.name=math", "context=peers", "context.max_tokens=512")
+    assert exchange(*verified) - exchange() == pytest.approx(tokens / 8 / 1e3), "each process its own"
+    assert exchange(*peers) - exchange(*verified) == pytest.approx(tokens / 1e3), "every process all"
+
+
 def test_writing_ahead_hides_the_shorter_of_the_two(recipe: Path) -> None:
     ahead = ("rollout.engine=vllm", "rollout.servers.urls=http://a:1,http://b:1", "rollout.servers.transport=nccl")
     without, with_it = planned(recipe, *ahead), planned(recipe, *ahead, "rollout.staleness=1")
