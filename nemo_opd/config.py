@@ -112,7 +112,8 @@ class ServersConfig:
     cpu_cache_gib: int = 1
     """Keys and values of a server of our own, where there is no GPU."""
     key_file: str | None = None
-    """File with the key that requests carry; servers that others can reach need one."""
+    """File with the key that requests carry; servers that others can reach need one. null: servers that a run starts
+    get a new key each time, and to standing ones none is sent."""
     placement: str = "separate"
     """Of writers. separate: GPUs of their own; colocated: the trainer's, whose memory they give up while it trains"""
     transport: str = "disk"

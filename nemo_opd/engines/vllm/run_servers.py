@@ -19,6 +19,7 @@ from nemo_opd.engines.vllm.local import LocalServers, devices_of
 from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
 from nemo_opd.engines.vllm.stock import Stock
 from nemo_opd.processes import Processes
+from nemo_opd.reliability.files import replace_private
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RunServers:
         """
         self._name, self._settings, self._processes = name, settings, processes
         self._slots, self._weights_dir = server.max_running, server.weights_dir
+        self._key_file = settings.key_file
         stock = settings.protocol == "openai"
         self._stock = Stock(Path(server.model), server.role) if stock else None
         self._scratch: Path | None = None
@@ -53,9 +55,12 @@ class RunServers:
         settings = self._settings
         self._scratch = private_folder(run_dir, self._name)
         self._weights_dir = server.weights_dir or str(self._scratch)
+        if self._key_file is None:  # other users of this machine reach the loopback address too
+            self._key_file = str(self._scratch / "key")
+            replace_private(Path(self._key_file), secrets.token_hex(32) + "\n")
         atexit.register(self.close)  # also when the run fails: weights in shared memory are memory
         self._local = LocalServers(run_dir / "logs", self._scratch)
-        server = replace(placed(server, settings), weights_dir=self._weights_dir)
+        server = replace(placed(server, settings), weights_dir=self._weights_dir, key_file=self._key_file)
         for number in range(settings.count):
             devices = devices_of(settings.devices, number, settings.tensor_parallel_size)
             self._local.start(f"{self._name}-{number}", server, devices)
@@ -68,18 +73,18 @@ class RunServers:
         settings, found, failure = self._settings, "", None
         if self._processes.is_first:
             try:
-                found = json.dumps([secrets.token_hex(16), self._urls(), self._weights_dir])
+                found = json.dumps([secrets.token_hex(16), self._urls(), self._weights_dir, self._key_file])
             except Exception as error:  # noqa: BLE001 - the others are waiting to hear of it
                 failure = error
         answer = self._processes.broadcast_text(found)
         if not answer:
             raise failure or RuntimeError(f"the first process has no {self._name} servers; see its log")
-        session, urls, weights_dir = json.loads(answer)
+        session, urls, weights_dir, key_file = json.loads(answer)
         return Servers(
             urls=urls,
             session=session,
             weights_dir=Path(weights_dir),
-            key=read_key(settings.key_file),
+            key=read_key(key_file),
             transport=settings.transport,
             sleep=settings.placement == "colocated",
             slots=self._slots,

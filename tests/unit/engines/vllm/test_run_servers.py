@@ -62,6 +62,31 @@ def test_servers_of_our_own_have_their_role_name_and_devices(
     assert [path.name for path in tmp_path.iterdir()] == ["student"], "nothing is left in shared memory"
 
 
+def test_servers_of_our_own_have_a_key_that_nobody_else_can_read(
+    started: dict[str, tuple[ServerSettings, dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalServers, "urls", lambda *_: ["http://127.0.0.1:1"])
+    monkeypatch.setattr(LocalServers, "watch", lambda *_: None)
+    keys = []
+    for _ in range(2):
+        owner = writer_servers(config_of(tmp_path), Processes())
+        key = owner.servers().key
+        file = started["writer-0"][0].key_file
+        assert file is not None and Path(file).read_text().strip() == key
+        assert Path(file).stat().st_mode & 0o077 == 0 and Path(file).parent.stat().st_mode & 0o077 == 0
+        keys.append(key)
+        owner.close()
+        assert not Path(file).exists()
+    assert None not in keys and keys[0] != keys[1]
+
+
+def test_a_key_of_the_recipe_stays(started: dict[str, tuple[ServerSettings, dict[str, str]]], tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config.rollout.servers.key_file = str(tmp_path / "own")
+    writer_servers(config, Processes()).close()
+    assert started["writer-0"][0].key_file == str(tmp_path / "own")
+
+
 def test_a_killed_attempts_folder_is_removed_and_nobody_elses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_servers, "SHARED_MEMORY", tmp_path)
     run, other = tmp_path / "run", tmp_path / "other"
