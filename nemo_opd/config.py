@@ -33,6 +33,9 @@ class RunConfig:
 
 FP8_MULTIPLES: dict[str, int] = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """By recipe, what a matrix's sides must be multiples of: rows of tokens (of each process) and weights alike."""
+FP8_SINCE: dict[str, tuple[int, int]] = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Compute capability from which Transformer Engine runs a recipe: 8.9 Ada, 9.0 Hopper (blockwise there besides wants
+CUDA 12.9, which torch's CUDA 13 build is beyond), 10.0 Blackwell."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from nemo_opd.planning.fp8 import Fp8
 from nemo_opd.planning.shapes import ModelShape, Spread
 
 Kernels = Literal["local", "te"]
@@ -16,20 +17,27 @@ _FP32 = 4
 
 
 def layer_activations(
-    shape: ModelShape, spread: Spread, width: int, kernels: Kernels = "te", selective: bool = False
+    shape: ModelShape,
+    spread: Spread,
+    width: int,
+    kernels: Kernels = "te",
+    selective: bool = False,
+    fp8: Fp8 | None = None,
 ) -> dict[str, float]:
     """Bytes for each position that is held of a row, by what they are for; `width` is that of a number; `selective`:
-    attention is computed again in backward."""
+    attention is computed again in backward; `fp8`: of a layer whose matrix products are in FP8."""
     outside = spread.sequence
+    given, answer = (width, 0.0) if fp8 is None else (fp8.saved, fp8.answer)  # of what its linear layers are given
     kept = {
         "norm before attention": _norm(shape.hidden, width, kernels) / outside,
-        "input of the attention": width * shape.hidden / outside,
-        "attention": _attention(shape, width, spread.tp, kernels, selective) / spread.tp,
+        "input of the attention": given * shape.hidden / outside,
+        "attention": (_attention(shape, width, spread.tp, kernels, selective) + answer * shape.query) / spread.tp,
         "norm before the feed-forward": _norm(shape.hidden, width, kernels) / outside,
-        "input of the feed-forward": width * shape.hidden / outside,
+        "input of the feed-forward": given * shape.hidden / outside,
     }
     if not shape.experts:
-        return {**kept, "feed-forward": width * _gated(shape.ffn, kernels) / spread.tp}
+        gated = width * _gated(shape.ffn, kernels) + (given - width) * shape.ffn
+        return {**kept, "feed-forward": gated / spread.tp}
     return {**kept, "router": 2 * _FP32 * shape.experts / outside, "experts": _experts(shape, width, kernels) / outside}
 
 

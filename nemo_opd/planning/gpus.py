@@ -23,28 +23,37 @@ class Gpu:
     """Bytes that processes can have."""
     bf16: float
     """Dense matrix products, floating-point operations."""
+    fp8: float
+    """The same in FP8."""
     bandwidth: float
     """Bytes of memory."""
     nvlink: float
+    capability: tuple[int, int]
+    """Compute capability."""
     source: str
+
+    @property
+    def blackwell(self) -> bool:
+        """May products in FP8 read a matrix along columns?"""
+        return self.capability >= (10, 0)
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         Gpu(
-            "h100", 81_559 * 2**20, 989e12, 3.35e12, 450e9,
-            "NVIDIA H100 SXM data sheet: 80 GB (81,559 MiB in nvidia-smi), 3.35 TB/s, 1,979 TFLOP/s bf16 with "
-            "sparsity, half of it dense, NVLink 900 GB/s both ways",
+            "h100", 81_559 * 2**20, 989e12, 1979e12, 3.35e12, 450e9, (9, 0),
+            "NVIDIA H100 SXM data sheet: 80 GB (81,559 MiB in nvidia-smi), 3.35 TB/s, 1,979 TFLOP/s bf16 "
+            "and 3,958 FP8 with sparsity, half of it dense, NVLink 900 GB/s both ways",
         ),
         Gpu(
-            "h200", 143_771 * 2**20, 989e12, 4.8e12, 450e9,
+            "h200", 143_771 * 2**20, 989e12, 1979e12, 4.8e12, 450e9, (9, 0),
             "NVIDIA H200 SXM data sheet: 141 GB (143,771 MiB in nvidia-smi), 4.8 TB/s, arithmetic and NVLink of H100",
         ),
         Gpu(
-            "b200", 180e9, 2250e12, 8e12, 900e9,
+            "b200", 180e9, 2250e12, 4500e12, 8e12, 900e9, (10, 0),
             "NVIDIA DGX B200 data sheet, an eighth of it: 1,440 GB, 64 TB/s, NVLink 14.4 TB/s both ways; 4.5 PFLOP/s "
-            "bf16 with sparsity, half of it dense",
+            "bf16 and 9 FP8 with sparsity, half of it dense",
         ),
     )
 }  # fmt: skip
@@ -65,6 +74,8 @@ class Assumptions:
     """The same of output layers and their gradients."""
     prefill_efficiency: float = 0.4
     """The same where a writer reads prompts."""
+    fp8_efficiency: float = 0.7
+    """Of any of these, what is left in FP8: casts, scales and transposed copies come beside its matrix products."""
     decode_bandwidth: float = 0.6
     """Of the memory's bandwidth, where a writer writes tokens."""
     memory_bandwidth: float = 0.75

@@ -103,7 +103,7 @@ def _rank(setting: Setting, name: str, stages: Mapping[str, int], kernels: Kerne
     for phase in ("scoring", "training"):
         loose[phase] |= {"sleeping server": asleep} if asleep else {}
     full = setting.config.student.recompute == "full"
-    again = activations(setting, stage, kernels, recompute=True) + one_layer(setting, kernels)
+    again = activations(setting, stage, kernels, recompute=True) + one_layer(setting, stage, kernels)
     kept = again if full else activations(setting, stage, kernels, recompute=False)
     return RankMemory(
         ranks=name,
@@ -126,21 +126,23 @@ def _stays(setting: Setting, stages: Mapping[str, int]) -> Parts:
     count = student.shape.stage(student.spread, stages["student"], setting.config.student.vocab_padding_multiple)
     per_dense, per_expert = _optimizer_bytes(setting)
     parts: Parts = {
-        "student, weights": count.total * student.width,
+        "student, weights": student.weights(stages["student"], setting.config.student.vocab_padding_multiple),
+        **_fp8_copy(student, stages["student"], trained=True),
         "student, gradients": count.total * max(_FP32, student.width),
         "student, optimizer": count.dense * per_dense + count.expert * per_expert,
     }
     last = stages["student"] == student.spread.pp - 1
     for model, teacher in setting.teachers():
-        weights = model.shape.stage(model.spread, stages[model.key]).total * model.width
         if teacher.source == "external":
-            parts[f"{model.key}, weights"] = weights
+            parts[f"{model.key}, weights"] = model.weights(stages[model.key])
+            parts |= _fp8_copy(model, stages[model.key], trained=False)
             if setting.whole_teacher and last and not model.key.endswith("base_model"):
                 rows = student.shape.vocabulary_rows(student.spread.tp, setting.config.student.vocab_padding_multiple)
                 parts[f"{model.key}, output layer"] = rows * model.shape.hidden * model.width
         elif teacher.source != "current":
             average = count.total * _FP32 if teacher.source == "ema" and student.width < _FP32 else 0
-            parts[f"{model.key}, copy of the student"] = count.total * student.width + average
+            parts[f"{model.key}, copy of the student"] = parts["student, weights"] + average
+            parts |= _fp8_copy(model, stages["student"], trained=False)
     for what, shape, width in setting.whole_models():
         parts[what] = shape.parameters * width
     if getattr(setting.config.stop, "divergence", "") == "full":
@@ -148,6 +150,12 @@ def _stays(setting: Setting, stages: Mapping[str, int]) -> Parts:
             shape = setting.shapes[key]
             parts[f"{key}, whole output layer"] = shape.vocabulary * shape.hidden * student.width
     return parts
+
+
+def _fp8_copy(model: Model, stage: int, trained: bool) -> Parts:
+    """Of a model that scores along rows alone: it asks for no gradient."""
+    copied = model.fp8_copy(stage, trained)
+    return {f"{model.key}, weights in FP8 besides": copied} if copied else {}
 
 
 def _optimizer_bytes(setting: Setting) -> tuple[float, float]:
@@ -211,7 +219,8 @@ def server_memory(setting: Setting, serving: Serving) -> ServerMemory:
     """One GPU of these servers."""
     gpu, assumed = setting.cluster.gpu, setting.cluster.assumptions
     # experts and heads are cut alike; key-value heads that are fewer than GPUs are copied
-    weights = serving.shape.parameters * serving.width / serving.tp
+    eight = serving.passed(share=1.0)
+    weights = ((serving.shape.parameters - eight) * serving.width + eight) / serving.tp
     held = serving.shape.cache_bytes(serving.width) / min(serving.tp, serving.shape.groups)
     cache = serving.share * gpu.memory - weights - assumed.reserved_gib * GIB
     is_writer = serving.key == "rollout.servers"

@@ -16,7 +16,8 @@ from nemo_opd.planning.activations import (
     layer_input,
     rotation_table,
 )
-from nemo_opd.planning.setting import Setting
+from nemo_opd.planning.fp8 import Fp8
+from nemo_opd.planning.setting import Model, Setting
 
 Parts = dict[str, float]
 """Bytes by what they are for."""
@@ -55,11 +56,24 @@ def activations(setting: Setting, stage: int, kernels: Kernels, recompute: bool,
     if rows is None:
         rows = in_flight(setting, stage)
     if recompute:
-        each = layer_input(shape, spread, width)
+        layers = shape.layers // spread.pp * layer_input(shape, spread, width)
     else:
         selective = setting.config.student.recompute == "selective"
-        each = sum(layer_activations(shape, spread, width, kernels, selective).values())
-    return rows * setting.student.held * (shape.layers // spread.pp * each + rotation_table(shape, width, kernels))
+        layers = sum(count * _kept_of(student, kernels, selective, fp8) for fp8, count in _kinds(student, stage))
+    return rows * setting.student.held * (layers + rotation_table(shape, width, kernels))
+
+
+def _kinds(student: Model, stage: int) -> list[tuple[Fp8 | None, int]]:
+    """Layers of a stage: those that are not in FP8, and those that are."""
+    eight = student.fp8_layers(stage)
+    found = [(None, student.shape.layers // student.spread.pp - eight), (student.fp8, eight)]
+    return [(fp8, count) for fp8, count in found if count]
+
+
+def _kept_of(student: Model, kernels: Kernels, selective: bool, fp8: Fp8 | None) -> float:
+    """Bytes for each position that one layer keeps."""
+    kept = layer_activations(student.shape, student.spread, student.width, kernels, selective, fp8)
+    return sum(kept.values())
 
 
 def in_flight(setting: Setting, stage: int) -> int:
@@ -67,12 +81,11 @@ def in_flight(setting: Setting, stage: int) -> int:
     return min(setting.rows, setting.student.spread.pp - stage)
 
 
-def one_layer(setting: Setting, kernels: Kernels) -> float:
+def one_layer(setting: Setting, stage: int, kernels: Kernels) -> float:
     """What recomputation makes again of one layer of one micro-batch: what it keeps, and its output."""
     student = setting.student
-    shape, spread, width = student.shape, student.spread, student.width
-    kept = sum(layer_activations(shape, spread, width, kernels).values())
-    return setting.student.held * (kept + layer_input(shape, spread, width))
+    kept = max(_kept_of(student, kernels, False, fp8) for fp8, _ in _kinds(student, stage))
+    return student.held * (kept + layer_input(student.shape, student.spread, student.width))
 
 
 def _kept(setting: Setting, stage: int, kernels: Kernels) -> Parts:
@@ -94,10 +107,13 @@ def _backward(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     student = setting.student
     parts = _kept(setting, stage, kernels)
     if student_recomputes(setting):
-        parts["a layer computed again"] = one_layer(setting, kernels)
+        parts["a layer computed again"] = one_layer(setting, stage, kernels)
     parts["backward of a layer"] = layer_backward(
         student.shape, student.spread, student.width, setting.student.held, kernels
     )
+    if student.fp8_layers(stage):  # of gate and up, the widest
+        gradients = 2 * student.shape.ffn / student.spread.tp * student.fp8.gradient
+        parts["gradient of gate and up in FP8"] = student.held * gradients
     if student.shape.tied and student.spread.pp == 1:  # waits for that of the embedding
         parts["output layer's empty gradient"] = _table(setting)
     return parts

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_opd.config import Config
+from nemo_opd.config import FP8_SINCE, Config, FP8Config
 from nemo_opd.configuration.check import check_settings
 from nemo_opd.configuration.load import load
 from nemo_opd.configuration.model_rules import check_models
 from nemo_opd.errors import ConfigError
 from nemo_opd.planning.catalogue import model_shape, read_sizes
-from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
+from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster, Gpu
 from nemo_opd.planning.memory import RankMemory, ServerMemory, host_memory, rank_memory, server_memory
 from nemo_opd.planning.setting import Setting
 from nemo_opd.planning.times import Times, times
@@ -88,7 +88,8 @@ def read_recipe(recipe: Path, overrides: Sequence[str]) -> Config:
 
 
 def make_setting(config: Config, options: Options) -> Setting:
-    """The recipe on the machine. Raises ConfigError for processes that the layouts do not divide."""
+    """The recipe on the machine. Raises ConfigError for processes that the layouts do not divide, and for a recipe of
+    FP8 that the GPU does not know."""
     shapes = {"student": model_shape("student.model", config.student.model)}
     for key, teacher in config.every_teacher().items():
         if teacher.engine == "none":
@@ -98,7 +99,17 @@ def make_setting(config: Config, options: Options) -> Setting:
         if teacher.base_model is not None:
             shapes[f"{key}.base_model"] = model_shape(f"{key}.base_model", teacher.base_model)
     cluster = Cluster(GPUS[options.gpu], options.nodes or 1, options.gpus_per_node, options.assumptions)
+    for key, layout in {"student": config.student, **config.every_teacher()}.items():
+        _chip_knows(key, layout.fp8, cluster.gpu)
     return _placed(Setting(config, shapes, cluster, 1), options.nodes)
+
+
+def _chip_knows(key: str, fp8: FP8Config, gpu: Gpu) -> None:
+    """Raises ConfigError for a recipe of FP8 that Transformer Engine does not run on this GPU."""
+    if fp8.recipe != "none" and gpu.capability < FP8_SINCE[fp8.recipe]:
+        known = ", ".join(recipe for recipe, since in FP8_SINCE.items() if gpu.capability >= since)
+        way_out = "choose one of these, or another --gpu"
+        raise ConfigError(f"{key}.fp8.recipe", f"{fp8.recipe} on {gpu.name}", f"{known} on this GPU", way_out)
 
 
 def _placed(setting: Setting, nodes: int | None) -> Setting:

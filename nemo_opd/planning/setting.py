@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nemo_opd.config import Config, DatasetPrefix, LayoutConfig, ServersConfig, TeacherConfig
 from nemo_opd.configuration.objective_rules import reads_whole_teacher
 from nemo_opd.configuration.server_rules import addresses
+from nemo_opd.planning.fp8 import Fp8
 from nemo_opd.planning.gpus import Cluster
 from nemo_opd.planning.shapes import ModelShape, Spread
 
@@ -28,11 +29,38 @@ class Model:
     """Bytes of one of its numbers."""
     row: int
     """Positions of its longest micro-batch."""
+    fp8: Fp8
 
     @property
     def held(self) -> float:
         """Of these, what one of the ranks holds that share sequences."""
         return self.row / self.spread.cp
+
+    def fp8_layers(self, stage: int) -> int:
+        """Layers of this stage whose matrix products are in FP8."""
+        return self.fp8.layers(self.shape.layers, self.spread.pp, stage)
+
+    def fp8_numbers(self, stage: int) -> int:
+        """Numbers of these layers' matrices on one rank."""
+        return self.fp8_layers(stage) * self.shape.linear(self.spread.tp).dense
+
+    def weights(self, stage: int, multiple: int = 1) -> float:
+        """Bytes of one rank's parameters; with `param_gather` matrices of layers in FP8 are kept in it alone."""
+        total = self.shape.stage(self.spread, stage, multiple).total
+        eight = self.fp8_numbers(stage) if self.fp8.config.param_gather else 0
+        return (total - eight) * self.width + eight * self.fp8.trained
+
+    def fp8_copy(self, stage: int, trained: bool) -> float:
+        """Bytes of the copy in FP8 of matrices that are kept in the model's dtype."""
+        if self.fp8.config.param_gather:
+            return 0.0
+        return self.fp8_numbers(stage) * (self.fp8.trained if trained else self.fp8.weight)
+
+    @property
+    def fp8_passed(self) -> int:
+        """Numbers in matrices in FP8 that a token passes through, were all stages like the one with the fewest."""
+        pp = self.spread.pp
+        return pp * self.fp8.fewest(self.shape.layers, pp) * self.shape.linear().dense
 
 
 @dataclass(frozen=True)
@@ -49,10 +77,19 @@ class Serving:
     colocated: bool
     standing: bool
     """On nodes of their own; otherwise on the first node, beside the trainer's processes or with them."""
+    fp8: bool = False
+    """Are the matrices of its layers scaled to FP8 as they are loaded?"""
 
     @property
     def gpus(self) -> int:
         return self.servers * self.tp
+
+    def passed(self, share: float | None = None) -> float:
+        """Numbers in FP8 that a token passes through; with `share` of every layer's experts, not its own."""
+        shape = self.shape
+        if not self.fp8:
+            return 0.0
+        return shape.matrices(share if share is not None else shape.experts_per_token / max(1, shape.experts))
 
 
 @dataclass(frozen=True)
@@ -141,7 +178,8 @@ class Setting:
     @property
     def student(self) -> Model:
         student = self.config.student
-        return Model("student", self.shapes["student"], self._spread(student), WIDTH[student.dtype], self.row)
+        spread, width = self._spread(student), WIDTH[student.dtype]
+        return Model("student", self.shapes["student"], spread, width, self.row, self._fp8(student))
 
     def teachers(self) -> Iterator[tuple[Model, TeacherConfig]]:
         """Teachers in the trainer's processes with a layout, and their bases; a self teacher has the student's."""
@@ -151,11 +189,12 @@ class Setting:
             row = max(self.sequence + self.read_more, teacher.micro_batch_tokens)
             if teacher.source != "external":
                 student = self.student
-                yield Model(key, student.shape, student.spread, student.width, row), teacher
+                yield Model(key, student.shape, student.spread, student.width, row, student.fp8), teacher
                 continue
+            spread, width, fp8 = self._spread(teacher), WIDTH[teacher.dtype], self._fp8(teacher)
             for name in (key, f"{key}.base_model"):
                 if name in self.shapes:
-                    yield Model(name, self.shapes[name], self._spread(teacher), WIDTH[teacher.dtype], row), teacher
+                    yield Model(name, self.shapes[name], spread, width, row, fp8), teacher
 
     def whole_models(self) -> Iterator[tuple[str, ModelShape, int]]:
         """(what, shape, bytes of a number) of models that every process holds whole."""
@@ -213,7 +252,11 @@ class Setting:
             share=servers.memory_share,
             colocated=key == "rollout.servers" and servers.placement == "colocated",
             standing=servers.urls is not None,
+            fp8=servers.quantization == "fp8",
         )
+
+    def _fp8(self, layout: LayoutConfig) -> Fp8:
+        return Fp8(layout.fp8, self.cluster.gpu)
 
     def _spread(self, layout: LayoutConfig) -> Spread:
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size

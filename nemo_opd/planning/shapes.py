@@ -159,6 +159,18 @@ class ModelShape:
             return Parameters(dense + 3 * h * self.ffn // tp)
         return Parameters(dense + self.experts * h, self.experts // ep * 3 * h * self.expert_ffn)
 
+    def linear(self, tp: int = 1, ep: int = 1) -> Parameters:
+        """The matrices of one decoder layer on one rank, without router, norms and biases: what may be in FP8."""
+        attention = self.hidden * (2 * self.query + 2 * self.key_value) // tp
+        if not self.experts:
+            return Parameters(attention + 3 * self.hidden * self.ffn // tp)
+        return Parameters(attention, self.experts // ep * 3 * self.hidden * self.expert_ffn)
+
+    def matrices(self, share: float) -> float:
+        """Numbers in all layers' matrices, with `share` of the experts of each."""
+        linear = self.linear()
+        return self.layers * (linear.dense + share * linear.expert)
+
     def stage(self, spread: Spread, stage: int, multiple: int = 1) -> Parameters:
         """One rank of a pipeline stage. A tied output layer on a stage of its own is a second copy."""
         layer, count = self.layer(spread.tp, spread.ep), self.layers // spread.pp

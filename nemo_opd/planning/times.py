@@ -77,6 +77,12 @@ def _forward(shape: ModelShape, length: float) -> float:
     return 2 * shape.active + 2 * shape.layers * shape.query * length
 
 
+def _products(setting: Setting, arithmetic: float, eight: float, efficiency: float) -> float:
+    """Seconds of so many floating-point operations on one GPU, `eight` of them in FP8."""
+    gpu, fp8 = setting.cluster.gpu, setting.cluster.assumptions.fp8_efficiency
+    return (arithmetic - eight) / (gpu.bf16 * efficiency) + eight / (gpu.fp8 * efficiency * fp8)
+
+
 def _exchange(setting: Setting, moved: Sequence[Flow]) -> float:
     """Messages, and texts: each process makes those that it verifies, and with peers in the teacher's prompt all."""
     if not setting.generates:
@@ -90,13 +96,14 @@ def _exchange(setting: Setting, moved: Sequence[Flow]) -> float:
 
 def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:
     """(forward and backward, of which the loss). The slowest stage sets the pace; a pipeline fills and drains."""
-    student, gpu, assumed = setting.student, setting.cluster.gpu, setting.cluster.assumptions
+    student, assumed = setting.student, setting.cluster.assumptions
     spread, rows = student.spread, setting.rows
     positions = setting.positions / spread.parts
     efficiency = assumed.expert_efficiency if student.shape.experts else assumed.train_efficiency
     passes = _PASSES + (setting.config.student.recompute == "full")
     arithmetic = passes * positions * _forward(student.shape, setting.prompt + setting.written)
-    stage = arithmetic / (spread.tp * spread.pp) / (gpu.bf16 * efficiency)
+    eight, ranks = passes * positions * 2 * student.fp8_passed, spread.tp * spread.pp
+    stage = _products(setting, arithmetic / ranks, eight / ranks, efficiency)
     stage += sum(flow.seconds for flow in moved if flow.part == "train")
     loss = _loss(setting) + sum(flow.seconds for flow in moved if flow.part == "loss")
     filled = (rows + spread.pp - 1) / rows
@@ -127,7 +134,7 @@ def _score(setting: Setting, moved: Sequence[Flow]) -> float:
     seconds = sum(flow.seconds for flow in moved if flow.part == "score")
     seconds += sum(_teacher(setting, model) for model, _ in setting.teachers())
     for serving in setting.scorers:
-        seconds += _forward_seconds(setting, serving.shape, serving.gpus, whole=True)
+        seconds += _forward_seconds(setting, serving.shape, serving.gpus, True, serving.passed())
     for key, teacher in setting.config.every_teacher().items():
         if teacher.engine == "hf":
             seconds += _forward_seconds(setting, setting.shapes[key], setting.processes, whole=True)
@@ -138,19 +145,22 @@ def _teacher(setting: Setting, model: Model) -> float:
     rows, pp = teacher_rows(setting, model), model.spread.pp
     window = min(rows, _WINDOW * pp)
     filled = (window + pp - 1) / window
-    return filled * _forward_seconds(setting, model.shape, setting.processes, whole=not setting.whole_teacher)
+    whole = not setting.whole_teacher
+    return filled * _forward_seconds(setting, model.shape, setting.processes, whole, model.fp8_passed)
 
 
-def _forward_seconds(setting: Setting, shape: ModelShape, gpus: int, whole: bool) -> float:
-    """Of a step's sequences through a teacher on so many GPUs; `whole`: with its output layer."""
+def _forward_seconds(setting: Setting, shape: ModelShape, gpus: int, whole: bool, passed: float = 0.0) -> float:
+    """Of a step's sequences through a teacher on so many GPUs; `whole`: with its output layer; `passed`: numbers in FP8
+    that a token passes through."""
     assumed = setting.cluster.assumptions
+    eight = 2 * teacher_positions(setting) * passed
     arithmetic = teacher_positions(setting) * _forward(shape, setting.prompt + setting.written + setting.read_more)
     if whole:
         arithmetic += 2 * setting.scored * setting.written * shape.hidden * shape.vocabulary
     efficiency = assumed.score_efficiency * (
         assumed.expert_efficiency / assumed.train_efficiency if shape.experts else 1
     )
-    return arithmetic / (gpus * setting.cluster.gpu.bf16 * efficiency)
+    return _products(setting, arithmetic / gpus, eight / gpus, efficiency)
 
 
 def _write(setting: Setting) -> float:
@@ -174,16 +184,20 @@ def _decode(setting: Setting, writers: Serving, slots: int, overhead: float) -> 
     gpu, assumed, shape = setting.cluster.gpu, setting.cluster.assumptions, writers.shape
     each = math.ceil(setting.responses / writers.servers)
     steps = each * setting.written / slots
-    touched = shape.active + shape.vocabulary * shape.hidden
+    touched, eight = shape.active + shape.vocabulary * shape.hidden, writers.passed()
     if shape.experts:  # of a layer's experts those that some token of the batch goes to
         met = 1 - (1 - shape.experts_per_token / shape.experts) ** slots
         layer = shape.layer()
         touched = int(shape.layers * (layer.dense + met * layer.expert) + shape.vocabulary * shape.hidden)
+        eight = writers.passed(met)
     cache = slots * (setting.prompt + setting.written / 2) * shape.cache_bytes(writers.width)
-    read = (touched * writers.width + cache) / writers.tp / (gpu.bandwidth * assumed.decode_bandwidth)
+    read = ((touched - eight) * writers.width + eight + cache) / writers.tp / (gpu.bandwidth * assumed.decode_bandwidth)
     table = 2 * shape.vocabulary * shape.hidden
-    computed = slots * (2 * shape.active + table) / writers.tp / (gpu.bf16 * assumed.prefill_efficiency)
+    tp, efficiency = writers.tp, assumed.prefill_efficiency
+    computed = slots * (2 * shape.active + table) / tp
+    computed = _products(setting, computed, 2 * slots * writers.passed() / tp, efficiency)
     calls = 2 * shape.layers * assumed.call_seconds if writers.tp > 1 else 0.0
     prompts = setting.config.train.prompts_per_step / writers.servers * setting.prompt
-    prefill = prompts * _forward(shape, setting.prompt) / writers.tp / (gpu.bf16 * assumed.prefill_efficiency)
+    prefill = prompts * _forward(shape, setting.prompt) / tp
+    prefill = _products(setting, prefill, 2 * prompts * writers.passed() / tp, efficiency)
     return steps * (max(read, computed) + calls + overhead) + prefill

@@ -136,8 +136,18 @@ def _replicas(setting: Setting) -> Iterator[Flow]:
             yield _flow(setting, "update", f"{what}: gradients", size, stride, 2 * share * gradient, 1, 2)
             continue
         yield _flow(setting, "update", f"{what}: gradients, scattered", size, stride, share * gradient, 1, 1)
-        weights = share * count * student.width
+        weights = share * (count * student.width if what != "replicas" else _gathered(student, multiple))
         yield _flow(setting, "update", f"{what}: weights, gathered", size, stride, weights, 1, 1)
+
+
+def _gathered(student: Model, multiple: int) -> float:
+    """Bytes of the parameters that all replicas share, as they are gathered, of the stage that has most."""
+    spread = student.spread
+    spared = student.width - student.fp8.gathered(student.width)
+    return max(
+        student.shape.stage(spread, stage, multiple).dense * student.width - student.fp8_numbers(stage) * spared
+        for stage in range(spread.pp)
+    )
 
 
 def teacher_rows(setting: Setting, model: Model) -> int:

@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 
-from nemo_opd.config import FP8_MULTIPLES, FP8Config
+from nemo_opd.config import FP8_MULTIPLES, FP8_SINCE, FP8Config
 from nemo_opd.errors import ConfigError
-
-_SINCE = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""Compute capability from which Transformer Engine runs a recipe: 8.9 Ada, 9.0 Hopper (blockwise there besides wants
-CUDA 12.9, which torch's CUDA 13 build is beyond), 10.0 Blackwell."""
 
 
 def transformer_fields(fp8: FP8Config) -> dict[str, Any]:
@@ -45,10 +41,10 @@ def require(fp8: FP8Config, key: str, transformer_engine: bool) -> None:
 
 
 def _require_chip(recipe: str, key: str, capability: tuple[int, int], name: str) -> None:
-    known = [other for other, since in _SINCE.items() if capability >= since]
+    known = [other for other, since in FP8_SINCE.items() if capability >= since]
     if recipe not in known:
         got = f"{recipe} on {name} (compute capability {'.'.join(map(str, capability))})"
-        since = ".".join(map(str, _SINCE[recipe]))
+        since = ".".join(map(str, FP8_SINCE[recipe]))
         expected = f"{', '.join(known) or 'none'} on this chip, as {recipe} runs from {since} on"
         raise ConfigError(f"{key}.fp8.recipe", got, expected, "choose one of these, or another chip")
 
