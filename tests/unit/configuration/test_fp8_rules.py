@@ -71,6 +71,10 @@ def test_layers_in_bf16_unless_megatron_refuses_them() -> None:
             "teacher.fp8.param_gather: got True; expected false but for a student with the distributed optimizer",
         ),
         (
+            ["student.model=wide", "student.fp8.recipe=mxfp8", "student.fp8.param_gather=true"],
+            "student.fp8.param_gather: got True; expected false with recipe mxfp8, whose weights Megatron",
+        ),
+        (
             ["teacher.model=wider", "teacher.fp8.recipe=blockwise", "teacher.engine=hf"],
             "teacher.fp8.recipe: got blockwise; expected none with teacher.engine=hf; set teacher.engine=megatron",
         ),
