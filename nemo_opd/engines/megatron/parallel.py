@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -216,9 +218,22 @@ def destroy_student_groups() -> None:
     for method in vars(RotaryEmbedding).values():
         if hasattr(method, "cache_clear"):  # remembers results by module, and so modules with their groups
             method.cache_clear()
+    for wrapper in list(_wrappers):
+        vars(wrapper).clear()
     while _ours:
         dist.destroy_process_group(_ours.pop())
     gc.collect()  # models and optimizers hold groups in cycles, and a group's threads end with its last reference
+
+
+_wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+"""Of models that are trained. Such a wrapper hooks itself into autograd's nodes. Where its model still holds a tensor
+of the last step (the router's probabilities), nodes, wrapper and groups hold one another out of sight of Python's
+collector."""
+
+
+def remember(wrapper: DistributedDataParallel) -> None:
+    """`destroy_student_groups` empties it."""
+    _wrappers.add(wrapper)
 
 
 _ours: list[dist.ProcessGroup] = []

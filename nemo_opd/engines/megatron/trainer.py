@@ -36,7 +36,7 @@ from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
-from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
+from nemo_opd.engines.megatron.parallel import Layout, init_distributed, remember, student_groups
 from nemo_opd.engines.megatron.shards import Copies
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
 from nemo_opd.engines.protocols import Accepts, NamedTensor, Place, Snapshot
@@ -348,6 +348,7 @@ def data_parallel(
         ),
         model,
     )
+    remember(ddp)
     if overlap:
         config.no_sync_func = ddp.no_sync
     return ddp

@@ -106,11 +106,11 @@ def test_a_world_size_without_a_rendezvous_is_no_launcher() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _threads(rank: int, folder: str) -> list[int]:
+def _threads(rank: int, folder: str, settings: dict[str, str]) -> list[int]:
     """After each of three trainers, which score and step, is gone."""
     found = []
     for _ in range(3):
-        trainer = build(recipe(Path(folder)))
+        trainer = build(recipe(Path(folder), **settings))
         trainer.train_step(batch_for(trainer.place, 0))
         del trainer
         destroy_student_groups()
@@ -118,7 +118,15 @@ def _threads(rank: int, folder: str) -> list[int]:
     return found
 
 
-def test_groups_that_are_ended_leave_no_threads(ranks1: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3", {}), ("qwen3_moe", {}), ("qwen3", {"student__recompute": "full"})],
+    ids=["dense", "experts", "computed again"],
+)
+def test_groups_that_are_ended_leave_no_threads(
+    ranks1: RankPool, tmp_path: Path, family: str, settings: dict[str, str]
+) -> None:
     """A layout has two dozen groups, and the threads of hundreds of forgotten ones would do nothing but wake up."""
-    ((first, *others),) = ranks1.run(_threads, str(tiny_checkpoint(tmp_path, vocab_size=VOCAB)))
+    folder = tiny_checkpoint(tmp_path, family, vocab_size=VOCAB)
+    ((first, *others),) = ranks1.run(_threads, str(folder), settings)
     assert others == [first, first]
