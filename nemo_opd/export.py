@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from nemo_opd.config import Config, LayoutConfig
 from nemo_opd.configuration.load import load
 from nemo_opd.engines.megatron.checkpoint import load_model, save_model
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
-from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint, sync
+from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint, whole_folder
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.torch_dist import TorchDistWeights, weights_folder
@@ -36,7 +34,9 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.path)
     config = load(checkpoint / CONFIG_FILE, args.overrides, checked=False)
     if args.format == "torch_dist":
-        _save_torch_dist(checkpoint, config, args.out)
+        model, _ = _read_model(checkpoint, config)
+        with whole_folder(args.out) as unfinished:
+            save_model(unfinished, model)
     else:
         save_hf_checkpoint(read_weights(checkpoint, config), args.out, Path(config.student.model))
     log.info("wrote step %d of %s to %s", read_state(checkpoint).step, args.path, args.out)
@@ -72,21 +72,6 @@ def find_checkpoint(path: Path) -> Path:
 def read_weights(checkpoint: Path, config: Config) -> Iterator[NamedTensor]:
     """The student's weights of a checkpoint under their Hugging Face names."""
     return export_hf_weights(*_read_model(checkpoint, config))
-
-
-def _save_torch_dist(checkpoint: Path, config: Config, out: Path) -> None:
-    """Written beside `out` and renamed, so that it is there complete or not at all."""
-    model, _ = _read_model(checkpoint, config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        save_model(unfinished, model)
-        for path in (*unfinished.iterdir(), unfinished):
-            sync(path)
-        unfinished.rename(out)  # onto nothing, or an empty folder
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _read_model(checkpoint: Path, config: Config) -> tuple[HiddenStateModel, Architecture]:

@@ -74,8 +74,8 @@ class Fp8:
         return self.directions * self.saved
 
     def gathered(self, width: int) -> float:
-        """Bytes of a weight as replicas gather it, with `param_gather`: of mxfp8 Megatron gathers bf16 and casts then
-        (distributed/param_and_grad_buffer.py)."""
+        """Bytes of a weight as replicas gather it, with `param_gather`: of what runs as mxfp8 Megatron gathers bf16 and
+        casts then (distributed/param_and_grad_buffer.py)."""
         return width if not self.config.param_gather or self.recipe == "mxfp8" else 1
 
     def layers(self, layers: int, pp: int, stage: int) -> int:

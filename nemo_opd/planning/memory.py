@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from nemo_opd.planning.activations import Kernels, passing
 from nemo_opd.planning.gpus import GIB
-from nemo_opd.planning.moments import Parts, activations, moments, one_layer
+from nemo_opd.planning.moments import Parts, activations, moments, one_layer, student_recomputes
 from nemo_opd.planning.setting import Model, Serving, Setting
 
 _FP32 = 4
@@ -102,9 +102,8 @@ def _rank(setting: Setting, name: str, stages: Mapping[str, int], kernels: Kerne
     asleep = assumed.asleep_gib * GIB if writers is not None and writers.colocated else 0.0
     for phase in ("scoring", "training"):
         loose[phase] |= {"sleeping server": asleep} if asleep else {}
-    full = setting.config.student.recompute == "full"
     again = activations(setting, stage, kernels, recompute=True) + one_layer(setting, stage, kernels)
-    kept = again if full else activations(setting, stage, kernels, recompute=False)
+    kept = again if student_recomputes(setting) else activations(setting, stage, kernels, recompute=False)
     return RankMemory(
         ranks=name,
         stages=stages,

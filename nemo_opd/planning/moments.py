@@ -60,7 +60,7 @@ def activations(setting: Setting, stage: int, kernels: Kernels, recompute: bool,
     else:
         selective = setting.config.student.recompute == "selective"
         layers = sum(count * _kept_of(student, kernels, selective, fp8) for fp8, count in _kinds(student, stage))
-    return rows * setting.student.held * (layers + rotation_table(shape, width, kernels))
+    return rows * student.held * (layers + rotation_table(shape, width, kernels))
 
 
 def _kinds(student: Model, stage: int) -> list[tuple[Fp8 | None, int]]:
@@ -93,7 +93,7 @@ def _kept(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     parts = {"activations": activations(setting, stage, kernels, student_recomputes(setting))}
     if stage > 0:  # the row that came, the next one, and the gradient that goes back
         parts["messages between stages"] = (
-            3 * setting.student.held * layer_input(student.shape, student.spread, student.width)
+            3 * student.held * layer_input(student.shape, student.spread, student.width)
         )
     return parts
 
@@ -109,7 +109,7 @@ def _backward(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     if student_recomputes(setting):
         parts["a layer computed again"] = one_layer(setting, stage, kernels)
     parts["backward of a layer"] = layer_backward(
-        student.shape, student.spread, student.width, setting.student.held, kernels
+        student.shape, student.spread, student.width, student.held, kernels
     )
     if student.fp8_layers(stage):  # of gate and up, the widest
         gradients = 2 * student.shape.ffn / student.spread.tp * student.fp8.gradient
@@ -120,7 +120,8 @@ def _backward(setting: Setting, stage: int, kernels: Kernels) -> Parts:
 
 
 def _loss(setting: Setting, stage: int, kernels: Kernels) -> Parts:
-    student, row = setting.student, setting.student.held
+    student = setting.student
+    row = student.held
     hidden, width = student.shape.hidden, student.width
     parts = _kept(setting, stage, kernels)
     parts["final norm"] = row * final_norm(student.shape, student.spread, width, kernels)
@@ -146,7 +147,8 @@ def _loss(setting: Setting, stage: int, kernels: Kernels) -> Parts:
 
 def _output_gradient(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     """Zeros, which Megatron's data parallelism asks for and lets go of at once."""
-    student, row = setting.student, setting.student.held
+    student = setting.student
+    row = student.held
     parts = _kept(setting, stage, kernels)
     parts["final norm"] = row * final_norm(student.shape, student.spread, student.width, kernels)
     parts["hidden states' gradient"] = 2 * row * student.shape.hidden * student.width
@@ -162,7 +164,7 @@ def _embedding_gradient(setting: Setting, stage: int, kernels: Kernels) -> Parts
     copies = _GRADIENTS_OF_TIED if student.shape.tied and student.spread.pp == 1 else 1
     return {
         "activations": others,
-        "gradient of the embedding's input": setting.student.held
+        "gradient of the embedding's input": student.held
         * layer_input(student.shape, student.spread, student.width),
         "gradient of the embedding": copies * _table(setting),
     }

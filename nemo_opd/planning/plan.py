@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_opd.config import FP8_SINCE, Config, FP8Config
-from nemo_opd.configuration.check import check_settings
+from nemo_opd.configuration.check import check_settings, model_parallel_size
 from nemo_opd.configuration.load import load
 from nemo_opd.configuration.model_rules import check_models
 from nemo_opd.errors import ConfigError
@@ -116,11 +116,7 @@ def _placed(setting: Setting, nodes: int | None) -> Setting:
     """With its number of processes: those of the nodes (less the GPUs of servers beside them), or the recipe's."""
     config, each = setting.config, setting.cluster.gpus_per_node
     layouts = [config.student, *(t for t in config.every_teacher().values() if t.engine == "megatron")]
-    smallest = 1
-    for layout in layouts:
-        over = layout.pipeline_model_parallel_size
-        attention = layout.tensor_model_parallel_size * layout.context_parallel_size
-        smallest = math.lcm(smallest, attention * over, layout.expert_model_parallel_size * over)
+    smallest = math.lcm(*map(model_parallel_size, layouts))
     beside = sum(one.gpus for one in setting.servings if not one.colocated and not one.standing)
     if nodes is not None:
         key, processes = "--nodes", nodes * each - beside

@@ -1,21 +1,33 @@
-"""Recipes whose plan is compared with what runs: rows that are as long as the recipe allows, on a bare machine."""
+"""Plans of recipes, and recipes whose plan is compared with what runs: rows that are as long as the recipe allows, on a
+bare machine."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_opd.config import Config
 from nemo_opd.planning.gpus import GPUS, Assumptions, Cluster
-from nemo_opd.planning.plan import Options, make_setting
+from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
 from nemo_opd.planning.setting import Setting
 from nemo_opd.types import Author, Finish, Prompt, Rollout, TrainBatch
 from tests.helpers.megatron import random_hidden, recipe, replica_batch
 
 TEACHER_HIDDEN = 192
 ROWS = 2
+
+
+def planned(recipe_file: Path, *words: str, **options: Any) -> Plan:
+    """Of the recipe with these overrides; options as on the command line."""
+    return plan(make_setting(read_recipe(recipe_file, words), Options(**options)))
+
+
+def sent(found: Plan, what: str) -> float:
+    """Bytes of a step that one rank sends for it."""
+    return sum(flow.sent for flow in found.flows if flow.what == what)
 
 
 def setting_of(config: Config, processes: int) -> Setting:

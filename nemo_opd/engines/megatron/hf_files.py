@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,25 +190,36 @@ def save_hf_checkpoint(
 
 def _write_folder(stream: Iterator[tuple[str, Tensor]], folder: Path, source: Path, max_shard_bytes: int) -> None:
     # Only the rank that writes looks: to a slower replica the finished folder would seem to have been there before.
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(str(folder), "something that exists", "a new or empty folder", "choose another folder")
-    architecture = read_architecture(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        writer = _ShardWriter(unfinished, architecture, read_index(source), max_shard_bytes)
+    with whole_folder(folder) as unfinished:
+        writer = _ShardWriter(unfinished, read_architecture(source), read_index(source), max_shard_bytes)
         for name, tensor in stream:
             writer.add(name, tensor)
         writer.finish()
         assert writer.dtype is not None, "a model without tensors"
         _copy_companions(source, unfinished, writer.dtype)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write files into, which takes its place when all of them are on the disk: it is there
+    complete or not at all.
+
+    Raises:
+        ConfigError: `folder` holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(str(folder), "something that exists", "a new or empty folder", "choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
         for path in (*unfinished.iterdir(), unfinished):
-            sync(path)
+            _sync(path)
         if folder.exists():
             folder.rmdir()  # empty, as checked above
         unfinished.rename(folder)
-        sync(folder.parent)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     log.info("wrote %s", folder)
@@ -310,7 +322,7 @@ def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Have the operating system put a file's, or a folder's, content on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -73,7 +73,8 @@ class HiddenStateModel(GPTModel):
     def _attention_inputs(self, inputs: ModelInputs) -> AttentionInputs:
         """For the local attention, which turns query and key itself."""
         assert inputs.runs is not None
-        # Megatron caches the table by length: a power of two keeps the number of tables small.
+        # Megatron caches the table by length: a power of two keeps the number of tables small. `packed_seq`: whole,
+        # where it would otherwise give a context-parallel rank its part of one long sequence.
         table = self.rotary_pos_emb(1 << (inputs.longest - 1).bit_length(), packed_seq=True)
         angles = table[inputs.position_ids[0]]
         return attention_inputs(inputs.runs, angles, self.config.params_dtype, self.context_group)

@@ -18,6 +18,7 @@ from nemo_opd.engines.vllm.calls import Servers
 from nemo_opd.engines.vllm.local import LocalServers, devices_of
 from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings, read_key
 from nemo_opd.engines.vllm.stock import Stock
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 from nemo_opd.reliability.files import replace_private
 
@@ -69,6 +70,7 @@ class RunServers:
         """Addresses, and one session of all processes; waits for servers of our own. Collective.
 
         Raises: ServerFailed on the first process where a server of ours did not start, RuntimeError on the others.
+        ConfigError in a process that cannot reach servers of ours.
         """
         settings, found, failure = self._settings, "", None
         if self._processes.is_first:
@@ -80,6 +82,10 @@ class RunServers:
         if not answer:
             raise failure or RuntimeError(f"the first process has no {self._name} servers; see its log")
         session, urls, weights_dir, key_file = json.loads(answer)
+        if settings.urls is None and not Path(key_file).exists():
+            expected = "every process on the machine of the first one, whose servers are on its loopback address"
+            way_out = "name servers that all of them reach (servers.urls), or give servers nodes of their own (cluster)"
+            raise ConfigError(f"{self._name} servers", "a process on another machine", expected, way_out)
         return Servers(
             urls=urls,
             session=session,

@@ -15,8 +15,9 @@ from nemo_opd.planning.activations import layer_activations
 from nemo_opd.planning.fp8 import Fp8
 from nemo_opd.planning.gpus import GPUS, Assumptions
 from nemo_opd.planning.moments import moments
-from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
+from nemo_opd.planning.plan import Options, make_setting, plan, read_recipe
 from nemo_opd.planning.text import as_json
+from tests.helpers.planned import planned, sent
 
 SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -53,14 +54,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "small" / "config.json").write_text(json.dumps(SIZES))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path / "recipe.yaml"
-
-
-def planned(recipe: Path, *words: str, **options: Any) -> Plan:
-    return plan(make_setting(read_recipe(recipe, words), Options(**options)))
-
-
-def sent(found: Plan, what: str) -> float:
-    return sum(flow.sent for flow in found.flows if flow.what == what)
 
 
 def fp8(recipe: str, gpu: str = "h100", **settings: Any) -> Fp8:

@@ -14,8 +14,9 @@ from nemo_opd.errors import ConfigError
 from nemo_opd.planning.alternatives import suggestion, sweep
 from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
 from nemo_opd.planning.moments import moments
-from nemo_opd.planning.plan import Options, Plan, make_setting, plan, read_recipe
+from nemo_opd.planning.plan import Options, make_setting, plan, read_recipe
 from nemo_opd.planning.text import layout
+from tests.helpers.planned import planned, sent
 
 RECIPE = """\
 run: {dir: run}
@@ -32,14 +33,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path / "recipe.yaml"
-
-
-def planned(recipe: Path, *words: str, **options: Any) -> Plan:
-    return plan(make_setting(read_recipe(recipe, words), Options(**options)))
-
-
-def sent(found: Plan, what: str) -> float:
-    return sum(flow.sent for flow in found.flows if flow.what == what)
 
 
 def test_what_stays_on_a_rank(recipe: Path) -> None:

@@ -12,6 +12,7 @@ from nemo_opd.engines.vllm import run_servers
 from nemo_opd.engines.vllm.local import LocalServers
 from nemo_opd.engines.vllm.run_servers import RunServers, private_folder, teacher_servers, writer_servers
 from nemo_opd.engines.vllm.settings import TEACHER, WRITER, ServerSettings
+from nemo_opd.errors import ConfigError
 from nemo_opd.processes import Processes
 from tests.helpers.ranks import RankPool
 from tests.unit.configuration.workspace import write_model
@@ -78,6 +79,20 @@ def test_servers_of_our_own_have_a_key_that_nobody_else_can_read(
         owner.close()
         assert not Path(file).exists()
     assert None not in keys and keys[0] != keys[1]
+
+
+def test_a_process_on_another_machine_is_told_so(
+    started: dict[str, tuple[ServerSettings, dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalServers, "urls", lambda *_: ["http://127.0.0.1:1"])
+    monkeypatch.setattr(LocalServers, "watch", lambda *_: None)
+    owner = writer_servers(config_of(tmp_path), Processes())
+    key_file = started["writer-0"][0].key_file
+    assert key_file is not None
+    Path(key_file).unlink()  # it lies in the memory of the machine where the servers are
+    with pytest.raises(ConfigError, match="writer servers: got a process on another machine; expected every process"):
+        owner.servers()
+    owner.close()
 
 
 def test_a_key_of_the_recipe_stays(started: dict[str, tuple[ServerSettings, dict[str, str]]], tmp_path: Path) -> None:
