@@ -41,4 +41,18 @@ def ranks4() -> Iterator[RankPool]:
 def alone() -> Iterator[Callable[..., Any]]:
     """``alone(function, *args)`` runs a module-level function in a process without a process group."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result(timeout=600)
+        yield lambda *call: pool.submit(_leaving_no_group, *call).result(timeout=600)
+
+
+def _leaving_no_group(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result; the group that a command leaves to the end of its process is ended for the next test."""
+    import torch.distributed as dist
+
+    from nemo_opd.engines.megatron.parallel import destroy_student_groups
+
+    try:
+        return function(*args)
+    finally:
+        if dist.is_initialized():
+            destroy_student_groups()
+            dist.destroy_process_group()
