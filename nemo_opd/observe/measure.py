@@ -18,7 +18,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     shares in [0, 1]. Every rank knows all rollouts, so the numbers are the same on all of them."""
     if not rollouts:
         return {}
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts], dtype=torch.float64)
+    lengths = torch.tensor([r.response_ids.numel() for r in rollouts], dtype=torch.float64)
     p50, p95 = lengths.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     metrics = {
         "response/length": float(lengths.mean()),
@@ -63,7 +63,7 @@ def repeated_3grams(responses: Sequence[Tensor]) -> float | None:
     3-grams are told apart by a 64-bit sum of products, for which one sort of the whole step suffices.
     """
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *responses])
-    owner = torch.repeat_interleave(torch.tensor([len(r) for r in responses], dtype=torch.int64))
+    owner = torch.repeat_interleave(torch.tensor([r.numel() for r in responses], dtype=torch.int64))
     if len(ids) < 3:
         return None
     names = sum(ids[i : len(ids) - 2 + i] * _MIX[i] for i in range(3)) + owner[:-2] * _MIX[3]

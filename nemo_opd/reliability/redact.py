@@ -51,6 +51,7 @@ def remember(secret: str) -> None:
     _remembered.add(secret)
 
 
+@functools.lru_cache(4096)  # asked of the whole environment for every line that is written
 def names_a_secret(name: str) -> bool:
     """Does a variable or key of this name hold a secret?
 

@@ -346,9 +346,13 @@ class _Job:
         )
 
     def _count(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (values, where) in metrics.items():
-            self.sums[name][0] += torch.where(where, values, 0.0).sum(dtype=torch.float64)
-            self.sums[name][1] += where.sum()
+        """All metrics at once: for short chunks it is the number of operations that costs."""
+        if not metrics:
+            return
+        values, where = (torch.stack(part) for part in zip(*metrics.values(), strict=True))
+        totals = torch.where(where, values, 0.0).sum(1, dtype=torch.float64)
+        found = torch.stack([totals, where.sum(1)], dim=1)
+        torch._foreach_add_([self.sums[name] for name in metrics], list(found.unbind()))
 
     def _keep(self, part: slice, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for name, kept in self.kept.items():
