@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from jaxtyping import install_import_hook
 
 from tests.helpers.ranks import RankPool
 
+TESTS = Path(__file__).parent
+
 # Shapes in signatures are checked here and cost nothing in a run.
 install_import_hook(["nemo_opd.vocab.view", "nemo_opd.vocab.objective"], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests are spread over processes (`make test`), those of a file stay together, for they share models and
+    servers; so do those of the one SLURM."""
+    for item in items:
+        folder, *_ = names = item.path.relative_to(TESTS).parts
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else "/".join(names)))
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
