@@ -12,6 +12,7 @@
 ARG BASE_IMAGE
 ARG BASE_DIGEST
 FROM ${BASE_IMAGE}@${BASE_DIGEST}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /opt/nemo_opd
@@ -37,7 +38,8 @@ ENV NEMO_OPD_SERVER_PYTHON=/opt/servers/bin/python
 COPY recipes recipes
 COPY slurm slurm
 RUN useradd --create-home --uid 10001 opd
-USER opd
+# By number: a container runtime that maps users may not know the name.
+USER 10001
 WORKDIR /home/opd
 ENTRYPOINT ["nemo-opd"]
 CMD ["--help"]

@@ -1,11 +1,11 @@
 # `make run` and `make test` set up everything they need in .venv; the second time that takes no time.
 #
 #   make run     environment, then the quickstart (data, teacher, student, distillation, table)
-#   make test    environment, then ruff, mypy and every test that this machine can run; as root on Debian it installs
+#   make test    environment, then `lint` and every test that this machine can run; as root on Debian it installs
 #                Chromium where there is no browser, and SLURM where there is none
 #   make chaos   environment, then the tests of docs/recovery.md's promises as often as they promise: kills, full disks,
 #                corrupted files, ...; writes benchmarks/results/recovery.md (29 minutes on two busy cores)
-#   make lint    environment, then ruff and mypy
+#   make lint    environment, then ruff, mypy, shellcheck and hadolint
 #   make env     environment only
 #   make env LOCKED=1   the same from requirements/lock-cpu-linux-x86_64.txt: every archive by its SHA-256
 #
@@ -60,6 +60,8 @@ slurm:
 lint: env
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/opd.sh slurm/submit.sh slurm/teacher.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 env: $(STAMP)
 

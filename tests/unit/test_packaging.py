@@ -31,7 +31,7 @@ def test_the_base_image_and_its_digest_have_to_be_named() -> None:
 
 def test_the_image_runs_as_somebody_without_rights() -> None:
     users = [line.split()[1] for line in dockerfile() if line.startswith("USER ")]
-    assert users == ["opd"]
+    assert users == ["10001"]
     assert any("useradd --create-home --uid 10001 opd" in line for line in dockerfile())
 
 
