@@ -29,11 +29,11 @@ PARTS = {"write": "writing", "exchange": "exchange", "score": "scoring", "train"
 def at(gpus: int, prompts: int) -> Plan:
     """Half of the GPUs train and score, the other half write."""
     trainer = gpus // 2
-    each = 4 if gpus > 8 else 1
-    urls = ",".join(f"http://writer-{i}:8000" for i in range((gpus - trainer) // each))
-    words = [f"rollout.servers.urls={urls}", f"rollout.servers.tensor_parallel_size={each}", "rollout.batch_size=256"]
-    words += [f"train.prompts_per_step={prompts}", f"train.processes={trainer}"]
-    words += ["teacher.tensor_model_parallel_size=4"] if trainer < 8 else []
+    words = [f"train.prompts_per_step={prompts}", f"train.processes={trainer}", "rollout.batch_size=256"]
+    words += [f"cluster.rollout_nodes={(gpus - trainer) // 8}"]
+    if gpus == 8:  # on the trainer's only node
+        words += ["rollout.servers.count=4", "rollout.servers.tensor_parallel_size=1"]
+        words += ["teacher.tensor_model_parallel_size=4"]
     return plan(make_setting(read_recipe(RECIPE, words), Options()))
 
 

@@ -107,7 +107,8 @@ class ServersConfig:
     tensor_parallel_size: int = 1
     """Processes (GPUs) of one server of our own."""
     devices: str | None = None
-    """GPUs for servers of our own, as in "4,5,6,7"; null: those that the run sees."""
+    """GPUs for servers of our own, as in "4,5,6,7"; null: those that the run sees, and on a node that serves alone
+    (`cluster`) for each server the next ones."""
     memory_share: float = 0.9
     """Of a GPU's memory, for a server of our own."""
     quantization: str = "none"

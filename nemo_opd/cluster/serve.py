@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from nemo_opd.cluster.plan import ROLLOUT, Plan, servers_of, url_file
-from nemo_opd.config import Config
+from nemo_opd.config import Config, ServersConfig
 from nemo_opd.configuration.load import load
 from nemo_opd.engines.vllm.local import LocalServers, ServerFailed, devices_of
 from nemo_opd.engines.vllm.run_servers import placed, teacher_settings, writer_settings
@@ -47,11 +49,12 @@ def run(plan: Plan, role: str, node: str) -> int:
 
 def _serve(plan: Plan, config: Config, section: str, node: str, local: LocalServers, scratch: str) -> int:
     settings, ended = servers_of(config, section), plan.folder / "ended"
+    gpus = node_devices(settings)
     server = settings_of(config, section, plan.addresses[node], scratch)
     published = url_file(plan, section, node)
     ports = _ports(published, settings.count)
     for number, port in enumerate(ports):
-        devices = devices_of(settings.devices, number, settings.tensor_parallel_size)
+        devices = devices_of(gpus, number, settings.tensor_parallel_size)
         local.start(f"{section}-{node}-{number}", replace(server, port=port), devices)
     urls = local.urls(settings.start_seconds, ended.exists)
     if len(urls) == settings.count:
@@ -69,6 +72,22 @@ def settings_of(config: Config, section: str, address: str, scratch: str) -> Ser
     settings = servers_of(config, section)
     server = placed(writer_settings(config) if section == ROLLOUT else teacher_settings(config, section), settings)
     return replace(server, host=address, weights_dir=settings.weights_dir or scratch)
+
+
+def node_devices(settings: ServersConfig, environment: Mapping[str, str] = os.environ) -> str | None:
+    """GPUs of the servers of a node that has nothing else to do, ``"0,1,2,3"``: those of the recipe, else the first of
+    those that this step may see. None for one server alone, which takes what it needs of all.
+
+    Raises ServerFailed where the step sees fewer than the servers use.
+    """
+    if settings.devices is not None or settings.count == 1:
+        return settings.devices
+    needed = settings.count * settings.tensor_parallel_size
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    ids = [one.strip() for one in visible.split(",") if one.strip()] or [str(number) for number in range(needed)]
+    if len(ids) < needed:
+        raise ServerFailed(f"{needed} GPUs for {settings.count} servers, and this node's step sees {visible}")
+    return ",".join(ids[:needed])
 
 
 def _ports(published: Path, count: int) -> list[int]:

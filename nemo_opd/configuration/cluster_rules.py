@@ -29,6 +29,13 @@ def cluster_rules(config: Config) -> None:
         raise ConfigError("cluster.teacher_nodes", cluster.teacher_nodes, expected, "give it more, or 0")
 
 
+def server_nodes(config: Config) -> dict[str, int]:
+    """How many nodes of a job run the servers of each section alone: ``rollout``, ``teacher``, ``teachers.NAME``."""
+    cluster, served = config.cluster, served_teachers(config)
+    found = {key: len(range(i, cluster.teacher_nodes, len(served))) for i, key in enumerate(served)}
+    return {key: count for key, count in {"rollout": cluster.rollout_nodes, **found}.items() if count}
+
+
 def served_teachers(config: Config) -> list[str]:
     """Keys of the teachers that stand on servers of our own kind: ``teacher``, or ``teachers.NAME`` of several."""
     teachers = config.every_teacher().items()

@@ -119,6 +119,8 @@ def _servers(config: Config, environment: Mapping[str, str], seen: int, needed: 
         if servers.urls is not None:
             continue
         elsewhere = JOB_VARIABLE in environment and _own_nodes(config, key)
+        if elsewhere and "SLURM_HET_SIZE" not in environment:
+            rows.append(_filled(key, servers, seen))
         if servers.devices is None:
             rows.append(_unsaid(key, servers, elsewhere))
             continue
@@ -139,6 +141,14 @@ def _visible(environment: Mapping[str, str], seen: int) -> Sequence[str]:
 def _own_nodes(config: Config, key: str) -> bool:
     """Do the servers of this section stand on nodes of the job that run servers alone?"""
     return bool(config.cluster.rollout_nodes if key.startswith("rollout") else config.cluster.teacher_nodes)
+
+
+def _filled(key: str, servers: ServersConfig, gpus: int) -> Finding:
+    """Servers of a node that does nothing else against its GPUs, which are taken to be as many as here."""
+    used, bound = servers.count * servers.tensor_parallel_size, f"{gpus}, all of the servers' node"
+    verdict = Verdict.OK if used == gpus else Verdict.WARN if used < gpus else Verdict.FAIL
+    way_out = "" if used == gpus else f"change {key}.count or {key}.tensor_parallel_size"
+    return Finding(f"gpus: for {key}", verdict, used, bound, way_out)
 
 
 def _unsaid(key: str, servers: ServersConfig, elsewhere: bool) -> Finding:

@@ -9,6 +9,7 @@ from itertools import product
 from operator import attrgetter
 
 from nemo_opd.config import Config
+from nemo_opd.configuration.cluster_rules import server_nodes
 from nemo_opd.configuration.model_rules import check_models
 from nemo_opd.errors import ConfigError
 from nemo_opd.planning.catalogue import read_sizes
@@ -36,7 +37,7 @@ class Alternative:
 
 def suggestion(config: Config, options: Options) -> Alternative | None:
     """The first of some changes, the least first, with which the recipe fits: one setting, two, or more nodes."""
-    single = list(_single_changes(config))
+    single = [*_fewer_servers(config, options.gpus_per_node), *_single_changes(config)]
     pairs = [(*a, *b) for i, a in enumerate(single) for b in single[i + 1 :] if a[0][0] != b[0][0]]
     for change in [*single, *pairs]:
         found = _tried(config, options, change)
@@ -85,6 +86,15 @@ def _tried(config: Config, options: Options, change: Change) -> Alternative | No
     except ConfigError:
         return None
     return None if found.problems else Alternative(tuple(words), found)
+
+
+def _fewer_servers(config: Config, gpus: int) -> Iterator[Change]:
+    """So many as a node of their own has GPUs for."""
+    sections = {"rollout": config.rollout.servers, "teacher": config.teacher.servers}
+    for key, servers in sections.items():
+        fitting = gpus // servers.tensor_parallel_size
+        if key in server_nodes(config) and 0 < fitting < servers.count:
+            yield ((f"{key}.servers.count", fitting),)
 
 
 def _single_changes(config: Config) -> Iterator[Change]:

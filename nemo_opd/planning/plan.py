@@ -60,16 +60,38 @@ class Plan:
                 f"ranks {worst.ranks} need {needed / GIB:.1f} GiB while {phase}, and the {gpu.name} has "
                 f"{gpu.memory / GIB:.1f}"
             )
-        beside = sum(one.gpus for one in setting.servings if not one.colocated and not one.standing)
-        first = min(setting.processes, setting.cluster.gpus_per_node)
-        if beside and first + beside > setting.cluster.gpus_per_node:
+        beside, each = setting.beside, setting.cluster.gpus_per_node
+        first = min(setting.processes, each)
+        if beside and first + beside > each:
             found.append(
-                f"the first node has {setting.cluster.gpus_per_node} GPUs, and {first} processes and servers on "
-                f"{beside} more want to stand on it"
+                f"the first node has {each} GPUs, and {first} processes and servers on {beside} more want to stand "
+                "on it"
             )
         for one in setting.servings:
+            if one.nodes and one.node_gpus > each:
+                found.append(f"{one.key}: {one.node_gpus} GPUs of servers on a node of {each}")
             if one.colocated and one.gpus > setting.processes:
                 found.append(f"{one.key}: {one.gpus} GPUs of servers colocated with {setting.processes} processes")
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """GPUs of a job with nodes for servers that nobody uses."""
+        setting, each = self.setting, self.setting.cluster.gpus_per_node
+        found = []
+        for one in setting.servings:
+            if one.nodes and one.node_gpus < each:
+                per_node, idle = one.servers // one.nodes, each - one.node_gpus
+                more = f"; set {one.key}.count={each // one.tp}" if idle >= one.tp else ""
+                found.append(
+                    f"{one.key}: {per_node} of {one.tp} GPUs leave {idle} of a node's {each} without work{more}"
+                )
+        idle = -(setting.processes + setting.beside) % each
+        if len(setting.job_nodes) > 1 and idle:
+            found.append(
+                f"train.processes: {setting.processes} leave {idle} of the trainer's GPUs without work; slurm/opd.sh "
+                f"starts {each} on each node, or processes_per_node of slurm/env.sh"
+            )
         return found
 
 
@@ -101,7 +123,7 @@ def make_setting(config: Config, options: Options) -> Setting:
     cluster = Cluster(GPUS[options.gpu], options.nodes or 1, options.gpus_per_node, options.assumptions)
     for key, layout in {"student": config.student, **config.every_teacher()}.items():
         _chip_knows(key, layout.fp8, cluster.gpu)
-    return _placed(Setting(config, shapes, cluster, 1), options.nodes)
+    return placed(Setting(config, shapes, cluster, 1), options.nodes)
 
 
 def _chip_knows(key: str, fp8: FP8Config, gpu: Gpu) -> None:
@@ -112,14 +134,13 @@ def _chip_knows(key: str, fp8: FP8Config, gpu: Gpu) -> None:
         raise ConfigError(f"{key}.fp8.recipe", f"{fp8.recipe} on {gpu.name}", f"{known} on this GPU", way_out)
 
 
-def _placed(setting: Setting, nodes: int | None) -> Setting:
+def placed(setting: Setting, nodes: int | None) -> Setting:
     """With its number of processes: those of the nodes (less the GPUs of servers beside them), or the recipe's."""
     config, each = setting.config, setting.cluster.gpus_per_node
     layouts = [config.student, *(t for t in config.every_teacher().values() if t.engine == "megatron")]
     smallest = math.lcm(*map(model_parallel_size, layouts))
-    beside = sum(one.gpus for one in setting.servings if not one.colocated and not one.standing)
     if nodes is not None:
-        key, processes = "--nodes", nodes * each - beside
+        key, processes = "--nodes", nodes * each - setting.beside
     else:
         key, processes = "train.processes", config.train.processes or smallest
     if processes < 1 or processes % smallest:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemo_opd.config import Config, DatasetPrefix, LayoutConfig, ServersConfig, TeacherConfig
+from nemo_opd.configuration.cluster_rules import server_nodes
 from nemo_opd.configuration.objective_rules import reads_whole_teacher
 from nemo_opd.configuration.server_rules import addresses
 from nemo_opd.planning.fp8 import Fp8
@@ -76,13 +78,25 @@ class Serving:
     """Of a GPU's memory."""
     colocated: bool
     standing: bool
-    """On nodes of their own; otherwise on the first node, beside the trainer's processes or with them."""
+    """Are they there already, on nodes that no job of the run asks for?"""
     fp8: bool = False
     """Are the matrices of its layers scaled to FP8 as they are loaded?"""
+    nodes: int = 0
+    """Of the job, that run these servers alone; 0 where they stand, or are on the trainer's first node."""
 
     @property
     def gpus(self) -> int:
         return self.servers * self.tp
+
+    @property
+    def node_gpus(self) -> int:
+        """That they use on each of the nodes which they have alone."""
+        return self.gpus // self.nodes
+
+    @property
+    def beside(self) -> bool:
+        """On the trainer's first node, on other GPUs than its processes?"""
+        return not (self.colocated or self.standing or self.nodes)
 
     def passed(self, share: float | None = None) -> float:
         """Numbers in FP8 that a token passes through; with `share` of every layer's experts, not its own."""
@@ -94,7 +108,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe on a machine."""
+    """A recipe on a machine. Nothing of it changes, so what follows from it is worked out once."""
 
     config: Config
     shapes: Mapping[str, ModelShape]
@@ -114,12 +128,12 @@ class Setting:
         """Tokens of the longest response."""
         return int(getattr(self.config.stop, "length", self.config.rollout.max_new_tokens))
 
-    @property
+    @cached_property
     def written(self) -> float:
         """Tokens of the mean response."""
         return self.response * self.cluster.assumptions.response_share
 
-    @property
+    @cached_property
     def sequence(self) -> int:
         """Positions of the longest prompt with the longest response."""
         return self.prompt + self.response - 1
@@ -129,7 +143,7 @@ class Setting:
         """Tokens that the teacher reads besides, at most."""
         return int(getattr(self.config.context, "max_tokens", None) or 0)
 
-    @property
+    @cached_property
     def responses(self) -> int:
         return self.config.train.prompts_per_step * self.config.rollout.samples_per_prompt
 
@@ -138,7 +152,7 @@ class Setting:
         """Responses that one teacher scores: all, or its share of them where records name their teacher."""
         return self.responses / (len(self.config.teachers) if self.config.data.teacher_key is not None else 1)
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Positions of the student's longest micro-batch."""
         return max(self.sequence, self.config.train.micro_batch_tokens) if self._packed else self.sequence
@@ -147,12 +161,12 @@ class Setting:
     def _packed(self) -> bool:
         return self.config.train.packing
 
-    @property
+    @cached_property
     def positions(self) -> float:
         """Of a step: prompts with mean responses."""
         return self.responses * (self.prompt + self.written)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Micro-batches of a replica of the student."""
         mean = self.positions / self.responses
@@ -175,14 +189,21 @@ class Setting:
 
     # models
 
-    @property
+    @cached_property
     def student(self) -> Model:
         student = self.config.student
         spread, width = self._spread(student), WIDTH[student.dtype]
         return Model("student", self.shapes["student"], spread, width, self.row, self._fp8(student))
 
-    def teachers(self) -> Iterator[tuple[Model, TeacherConfig]]:
+    def teachers(self) -> Sequence[tuple[Model, TeacherConfig]]:
         """Teachers in the trainer's processes with a layout, and their bases; a self teacher has the student's."""
+        return self._teachers
+
+    @cached_property
+    def _teachers(self) -> tuple[tuple[Model, TeacherConfig], ...]:
+        return tuple(self._found_teachers())
+
+    def _found_teachers(self) -> Iterator[tuple[Model, TeacherConfig]]:
         for key, teacher in self.config.every_teacher().items():
             if teacher.engine != "megatron":
                 continue
@@ -207,7 +228,7 @@ class Setting:
             if teacher.engine == "hf":
                 yield f"{key}, whole", self.shapes[key], WIDTH[teacher.dtype]
 
-    @property
+    @cached_property
     def writers(self) -> Serving | None:
         """vLLM servers that write."""
         rollout = self.config.rollout
@@ -215,7 +236,7 @@ class Setting:
             return None
         return self._serving("rollout.servers", self.shapes["student"], rollout.servers, WIDTH[rollout.dtype])
 
-    @property
+    @cached_property
     def scorers(self) -> list[Serving]:
         """vLLM servers that score."""
         return [
@@ -224,7 +245,7 @@ class Setting:
             if teacher.engine == "vllm"
         ]
 
-    @property
+    @cached_property
     def servings(self) -> list[Serving]:
         writers = self.writers
         return [*([writers] if writers else []), *self.scorers]
@@ -235,24 +256,39 @@ class Setting:
         return self.processes + sum(one.gpus for one in self.servings if not one.colocated)
 
     @property
+    def beside(self) -> int:
+        """GPUs of servers beside the trainer's processes on its first node."""
+        return sum(one.gpus for one in self.servings if one.beside)
+
+    @cached_property
+    def job_nodes(self) -> dict[str, int]:
+        """Nodes of the job by role, as `slurm/opd.sh` deals them out; roles without any are left out."""
+        trainer = math.ceil((self.processes + self.beside) / self.cluster.gpus_per_node)
+        cluster = self.config.cluster
+        roles = {"trainer": trainer, "rollout": cluster.rollout_nodes, "teacher": cluster.teacher_nodes}
+        return {role: count for role, count in roles.items() if count}
+
+    @property
     def nodes(self) -> int:
-        """All that the run uses; servers that stand already have nodes of their own."""
+        """All that the run uses: the job's, and those of servers that stand already."""
         each = self.cluster.gpus_per_node
-        beside = sum(one.gpus for one in self.servings if not one.colocated and not one.standing)
         standing = sum(math.ceil(one.gpus / each) for one in self.servings if one.standing)
-        return math.ceil((self.processes + beside) / each) + standing
+        return sum(self.job_nodes.values()) + standing
 
     def _serving(self, key: str, shape: ModelShape, servers: ServersConfig, width: int) -> Serving:
+        nodes = server_nodes(self.config).get(key.removesuffix(".servers"), 0)
+        urls = None if nodes else servers.urls
         return Serving(
             key=key,
             shape=shape,
-            servers=servers.count if servers.urls is None else len(addresses(servers.urls)),
+            servers=servers.count * max(1, nodes) if urls is None else len(addresses(urls)),
             tp=servers.tensor_parallel_size,
             width=width,
             share=servers.memory_share,
             colocated=key == "rollout.servers" and servers.placement == "colocated",
-            standing=servers.urls is not None,
+            standing=urls is not None,
             fp8=servers.quantization == "fp8",
+            nodes=nodes,
         )
 
     def _fp8(self, layout: LayoutConfig) -> Fp8:

@@ -11,7 +11,7 @@ from nemo_opd.planning.alternatives import Alternative
 from nemo_opd.planning.gpus import GIB
 from nemo_opd.planning.memory import RankMemory, ServerMemory
 from nemo_opd.planning.plan import Plan
-from nemo_opd.planning.setting import Setting
+from nemo_opd.planning.setting import Serving, Setting
 from nemo_opd.planning.shapes import Spread
 
 _WORDS = {
@@ -45,11 +45,19 @@ def layout(setting: Setting) -> str:
         words.append(f"{model.key} {_spread(model.spread)}" if teacher.source == "external" else own)
     for one in setting.servings:
         what = "writers" if one.key == "rollout.servers" else one.key.removesuffix(".servers") + " on servers"
-        place = ", colocated" if one.colocated else ", standing" if one.standing else ""
-        words.append(
-            f"{one.servers} {what} of {one.tp}{place}" if what == "writers" else f"{what}: {one.servers} of {one.tp}"
-        )
+        counted = f"{one.servers} {what}" if what == "writers" else f"{what}: {one.servers}"
+        words.append(f"{counted} of {one.tp}{_place(one)}")
     return "; ".join(words)
+
+
+def _place(one: Serving) -> str:
+    if one.nodes:
+        return f" on {_count(one.nodes, 'node')}"
+    return ", colocated" if one.colocated else ", standing" if one.standing else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _spread(spread: Spread) -> str:
@@ -61,11 +69,20 @@ def _head(plan: Plan) -> Iterator[str]:
     setting, gpu = plan.setting, plan.setting.cluster.gpu
     machine = f"{setting.cluster.nodes} node(s) of {setting.cluster.gpus_per_node} {gpu.name}"
     yield f"{setting.processes} processes on {machine}; with servers {setting.gpus} GPUs, {setting.nodes} node(s)"
+    yield _job(setting)
     yield layout(setting)
     yield (
         f"a step: {setting.responses} responses of up to {setting.response} tokens (mean {setting.written:.0f}) after "
         f"prompts of up to {setting.prompt}, {setting.rows} micro-batch(es) of {setting.row} positions a replica"
     )
+
+
+def _job(setting: Setting) -> str:
+    """What to ask SLURM for: servers that stand already are no part of it."""
+    roles = setting.job_nodes
+    dealt = ", ".join(f"{count} {role}" for role, count in roles.items())
+    fewer = f"; processes_per_node={setting.processes} in slurm/env.sh" if setting.beside else ""
+    return f"as a job: --nodes={sum(roles.values())} --gpus-per-node={setting.cluster.gpus_per_node} ({dealt}){fewer}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -124,6 +141,7 @@ def _times(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan, suggested: Alternative | None) -> Iterator[str]:
     worst = plan.worst.peak[1] / GIB
     memory = plan.setting.cluster.gpu.memory / GIB
+    yield from (f"warning: {warning}" for warning in plan.warnings)
     if not plan.problems:
         yield f"fits: at most {worst:.1f} of {memory:.1f} GiB"
         return
@@ -158,12 +176,14 @@ def as_json(plan: Plan, suggested: Alternative | None, best: Sequence[Alternativ
     document: dict[str, Any] = {
         "fits": not plan.problems,
         "problems": plan.problems,
+        "warnings": plan.warnings,
         "suggestion": None if suggested is None else list(suggested.words),
         "gpu": asdict(setting.cluster.gpu),
         "assumptions": asdict(setting.cluster.assumptions),
         "processes": setting.processes,
         "gpus": setting.gpus,
         "nodes": setting.nodes,
+        "job_nodes": setting.job_nodes,
         "layout": layout(setting),
         "ranks": [_rank(rank) for rank in plan.ranks],
         "servers": [{**asdict(server), "sequences": server.sequences} for server in plan.servers],

@@ -206,5 +206,5 @@ def _refit(setting: Setting) -> Iterator[Flow]:
     if transport == "disk":
         yield Flow("refit", "folder, written and read", 1, 2 * whole, 1, "disk", 2 * whole / assumed.disk)
     else:
-        stride = setting.cluster.gpus_per_node if writers.standing else 1
+        stride = 1 if writers.beside else setting.cluster.gpus_per_node
         yield _flow(setting, "refit", "first rank to all servers", 2, stride, whole, tensors, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +62,19 @@ def test_a_recipe_fits_and_uses_the_nodes_of_its_name(path: Path) -> None:
     assert found.worst.peak[1] < 0.9 * found.setting.cluster.gpu.memory, "room for what a plan does not know"
 
 
+def put_in_place(path: Path) -> None:
+    """What a recipe refers to, in this folder: models of their config.json alone, one record."""
+    values = yaml.safe_load(path.read_text())
+    for section in ("student", "teacher"):
+        model = values.get(section, {}).get("model")
+        if model:
+            published = Path(model).name.removesuffix("-Base").removesuffix("-Instruct")
+            Path(model).mkdir(parents=True)
+            shutil.copy(FOLDER / f"{published}.json", Path(model) / "config.json")
+    Path("data").mkdir()
+    Path(values["data"]["path"]).write_text('{"prompt": "1+1", "answer": "2"}\n')
+
+
 def built(paths: list[Path]) -> list[str]:
     from nemo_opd.planning.command import build_ranks
 
@@ -83,20 +95,10 @@ def test_with_models_and_data_in_place_the_run_itself_takes_the_recipe(
     from nemo_opd.configuration.load import load
 
     monkeypatch.chdir(tmp_path)
-    values = yaml.safe_load(path.read_text())
-    for section in ("student", "teacher"):
-        model = values.get(section, {}).get("model")
-        if model:
-            published = Path(model).name.removesuffix("-Base").removesuffix("-Instruct")
-            Path(model).mkdir(parents=True)
-            shutil.copy(FOLDER / f"{published}.json", Path(model) / "config.json")
-    Path("data").mkdir()
-    Path(values["data"]["path"]).write_text('{"prompt": "1+1", "answer": "2"}\n')
-    Path("opd.key").write_text("key")
-    os.chmod("opd.key", 0o600)
+    put_in_place(path)
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
-    assert load(path).student.model == values["student"]["model"]
+    assert load(path).student.model == yaml.safe_load(path.read_text())["student"]["model"]
 
 
 def test_the_table_of_recipes_is_up_to_date() -> None:

@@ -26,8 +26,7 @@ from tests.unit.configuration.workspace import make_workspace
 SLURM = Path(__file__).parents[2] / "slurm"
 
 RECORD = """#!/usr/bin/env bash
-printf '%s\\0' "$@" >> "$RECORD/{name}"
-printf '\\0' >> "$RECORD/{name}"
+printf '%s\\0' "$@" '' >> "$RECORD/{name}"  # at once: several run at the same time
 """
 SRUN = (
     RECORD.format(name="srun")
@@ -283,6 +282,33 @@ def test_servers_on_nodes_of_their_own_are_steps_of_their_own(site: Site) -> Non
         f"rollout.servers.key_file={job}/key",
         f"rollout.servers.weights_dir={job}/weights",
     ]
+
+
+def test_a_recipe_with_all_roles_is_one_job(site: Site) -> None:
+    """One of ours, on the nodes that it asks for, with no more words than its head says."""
+    recipe = SLURM.parent / "recipes" / "qwen3-8b_from_qwen3-235b-a22b" / "served_teacher.yaml"
+    for model in ("Qwen3-8B", "Qwen3-235B-A22B"):
+        (site.folder / "models" / model).mkdir(parents=True)
+        published = SLURM.parent / "nemo_opd" / "planning" / "models" / f"{model}.json"
+        shutil.copy(published, site.folder / "models" / model / "config.json")
+    (site.folder / "data").mkdir()
+    (site.folder / "data" / "openthoughts.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    script = (site.spool / "scontrol").read_text()
+    two = "'NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=h\\nNodeName=n2 NodeAddr=10.0.0.2 \\n'"
+    four = "'" + "".join(f"NodeName=n{number} NodeAddr=10.0.0.{number}\\n" for number in (1, 2, 3, 4)) + "'"
+    assert two in script
+    (site.spool / "scontrol").write_text(script.replace(two, four))
+    trainer = site.outcome(Status.DONE, run_dir="runs/qwen3-8b_from_qwen3-235b-a22b")
+    done = site.submit(str(recipe), TRAINER=trainer, SLURM_GPUS_ON_NODE="8", NEMO_OPD_SERVER_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    steps = {call[-1]: set(call) for call in site.calls()}
+    assert steps.keys() == {"trainer", "rollout", "teacher"} and len(site.calls()) == 3
+    assert {"--nodes=1", "--nodelist=n1", "--ntasks-per-node=1"} < steps["trainer"]
+    assert {"--nodes=1", "--nodelist=n2", "--ntasks-per-node=1"} < steps["rollout"]
+    assert {"--nodes=2", "--nodelist=n3,n4", "--ntasks-per-node=1"} < steps["teacher"]
+    key = "runs/qwen3-8b_from_qwen3-235b-a22b/control/job-slurm-1234567-0/key"
+    settings = ["train.processes=8", f"rollout.servers.key_file={key}", f"teacher.servers.key_file={key}"]
+    assert site.plan["words"] == [str(recipe), *settings], "weights go by NCCL and need no folder"
 
 
 def test_servers_that_end_are_started_again_and_given_up_at_last(site: Site) -> None:

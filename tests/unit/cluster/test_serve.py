@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_opd.cluster import serve
 from nemo_opd.cluster.plan import Plan, url_file
+from nemo_opd.config import ServersConfig
 from nemo_opd.engines.vllm import local
-from nemo_opd.engines.vllm.local import LocalServers
+from nemo_opd.engines.vllm.local import LocalServers, ServerFailed
 from tests.unit.cluster.test_plan import config_of, plan_of
 
 STAND_IN = """#!{python}
@@ -102,6 +104,25 @@ def test_a_node_that_serves_again_does_so_at_the_same_addresses(node: Node) -> N
     node.start()
     soon(lambda: len(node.starts) == 1)
     assert node.starts[0][1:] == ["10.0.0.1", "4343"]
+
+
+@pytest.mark.parametrize(
+    ("words", "visible", "expected"),
+    [
+        ({}, "4,5", None),
+        ({"count": 2, "tensor_parallel_size": 2}, "", "0,1,2,3"),
+        ({"count": 2, "tensor_parallel_size": 2}, "4,5,6,7", "4,5,6,7"),
+        ({"count": 2}, "2, 3,4", "2,3"),
+        ({"count": 2, "devices": "6,7"}, "0,1", "6,7"),
+    ],
+)
+def test_every_server_of_a_node_has_gpus_of_its_own(words: dict[str, Any], visible: str, expected: str | None) -> None:
+    assert serve.node_devices(ServersConfig(**words), {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_a_node_with_fewer_gpus_than_its_servers_use() -> None:
+    with pytest.raises(ServerFailed, match="4 GPUs for 2 servers, and this node's step sees 0,1,2"):
+        serve.node_devices(ServersConfig(count=2, tensor_parallel_size=2), {"CUDA_VISIBLE_DEVICES": "0,1,2"})
 
 
 def test_it_gives_up_with_its_last_server(node: Node) -> None:

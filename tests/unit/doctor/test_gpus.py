@@ -123,6 +123,17 @@ def test_servers_on_nodes_of_their_own_have_all_gpus(workspace: Path) -> None:
     assert by_name(gpu_findings(config, {}, sees))["rollout.servers.devices"].verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize(("size", "verdict"), [(4, Verdict.OK), (2, Verdict.WARN), (8, Verdict.FAIL)])
+def test_servers_on_nodes_of_their_own_want_all_gpus_and_no_more(workspace: Path, size: int, verdict: Verdict) -> None:
+    config = served(workspace, tensor_parallel_size=size)
+    config = replace(config, cluster=replace(config.cluster, rollout_nodes=1))
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    row = by_name(gpu_findings(config, job, sees))["for rollout.servers"]
+    assert (row.verdict, row.found) == (verdict, 2 * size)
+    rows = by_name(gpu_findings(config, {**job, "SLURM_HET_SIZE": "2"}, sees))
+    assert "for rollout.servers" not in rows, "nodes of another component may be of another kind"
+
+
 def test_torch_itself_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the process that a machine with a driver asks; every GPU is hidden from it."""
     monkeypatch.setattr(gpus, "DRIVER", (Path("/dev/null"),))

@@ -213,6 +213,70 @@ def test_servers_of_the_runs_own_need_gpus_beside_it(recipe: Path) -> None:
     assert planned(recipe, *words, nodes=1).setting.processes == 6
 
 
+OWN_NODES = ("rollout.engine=vllm", "rollout.servers.count=2", "rollout.servers.tensor_parallel_size=4",
+             "rollout.servers.transport=nccl", "cluster.rollout_nodes=3")  # fmt: skip
+
+
+def test_nodes_of_a_job_are_those_of_its_roles(recipe: Path) -> None:
+    words = ("teacher.engine=vllm", "teacher.servers.tensor_parallel_size=8", "cluster.teacher_nodes=2",
+             "loss=policy_gradient", "train.processes=16")  # fmt: skip
+    found = planned(recipe, *OWN_NODES, *words)
+    writers, teacher = found.setting.servings
+    assert (writers.servers, writers.gpus, writers.nodes, teacher.servers, teacher.nodes) == (6, 24, 3, 2, 2)
+    assert found.setting.job_nodes == {"trainer": 2, "rollout": 3, "teacher": 2}
+    assert (found.setting.nodes, found.setting.gpus, found.problems, found.warnings) == (7, 56, [], [])
+    assert layout(found.setting) == "student DP 16; 6 writers of 4 on 3 nodes; teacher on servers: 2 of 8 on 2 nodes"
+    told = planned(recipe, *OWN_NODES, *words, "rollout.servers.urls=http://a:1")
+    assert told.setting.job_nodes == found.setting.job_nodes, "the job starts its own all the same"
+    assert planned(recipe, *OWN_NODES, nodes=2).setting.processes == 16, "none of them is the trainer's"
+
+
+def test_several_teachers_share_their_nodes(recipe: Path) -> None:
+    words = ["teacher.model=null", "loss=policy_gradient", "cluster.teacher_nodes=3"]
+    for name in "ab":
+        words += [f"teachers.{name}.engine=vllm", f"teachers.{name}.model=models/Qwen3-8B"]
+        words += [f"teachers.{name}.servers.count=8"]
+    setting = planned(recipe, *words).setting
+    assert [(one.key, one.nodes, one.servers) for one in setting.servings] == [
+        ("teachers.a.servers", 2, 16),
+        ("teachers.b.servers", 1, 8),
+    ]
+    assert setting.job_nodes == {"trainer": 1, "teacher": 3}
+
+
+def test_servers_that_do_not_fill_their_nodes_are_warned_about(recipe: Path) -> None:
+    (warning,) = planned(recipe, *OWN_NODES, "rollout.servers.count=1").warnings
+    assert warning == ("rollout.servers: 1 of 4 GPUs leave 4 of a node's 8 without work; set rollout.servers.count=2")
+    three = ("rollout.servers.count=1", "rollout.servers.tensor_parallel_size=2", "student.model=models/Qwen3-0.6B")
+    assert "leave 6 of a node's 8" in planned(recipe, *OWN_NODES, *three).warnings[0]
+    (warning,) = planned(recipe, *OWN_NODES, "train.processes=12").warnings
+    assert warning.startswith("train.processes: 12 leave 4 of the trainer's GPUs without work; slurm/opd.sh starts 8")
+    assert planned(recipe, "train.processes=4").warnings == [], "no job is spoken of"
+
+
+def test_servers_that_are_too_many_for_a_node_are_a_problem(recipe: Path) -> None:
+    config = read_recipe(recipe, (*OWN_NODES, "rollout.servers.count=3"))
+    assert plan(make_setting(config, Options())).problems == ["rollout.servers: 12 GPUs of servers on a node of 8"]
+    fewer = suggestion(config, Options())
+    assert fewer is not None
+    assert fewer.words == ("rollout.servers.count=2",)
+    assert planned(recipe, *OWN_NODES, gpus_per_node=4).problems, "of other nodes"
+
+
+def test_a_job_is_what_sbatch_is_asked_for(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--arithmetic", *OWN_NODES, "rollout.servers.count=1"]) == 0
+    text = capsys.readouterr().out
+    assert "\nas a job: --nodes=4 --gpus-per-node=8 (1 trainer, 3 rollout)\n" in text
+    assert "\nwarning: rollout.servers: 1 of 4 GPUs leave 4" in text
+    beside = ("rollout.engine=vllm", "rollout.servers.count=4", "train.processes=4")
+    assert main(["plan", str(recipe), "--arithmetic", *beside]) == 0
+    line = "as a job: --nodes=1 --gpus-per-node=8 (1 trainer); processes_per_node=4 in slurm/env.sh\n"
+    assert line in capsys.readouterr().out
+    assert main(["plan", str(recipe), "--arithmetic", "--json", *OWN_NODES]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["job_nodes"], found["warnings"]) == ({"trainer": 1, "rollout": 3}, [])
+
+
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
