@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from operator import attrgetter
+from typing import Any
 
-from nemo_opd.config import Config
+from nemo_opd.config import Config, LayoutConfig
 from nemo_opd.configuration.cluster_rules import server_nodes
-from nemo_opd.configuration.model_rules import check_models
+from nemo_opd.configuration.model_rules import SizesReader, check_models
 from nemo_opd.errors import ConfigError
 from nemo_opd.planning.catalogue import read_sizes
-from nemo_opd.planning.plan import Options, Plan, make_setting, plan
+from nemo_opd.planning.plan import Options, Plan, make_setting, placed, plan
+from nemo_opd.planning.setting import Setting
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4, 8)
@@ -54,38 +55,79 @@ def suggestion(config: Config, options: Options) -> Alternative | None:
 
 
 def sweep(config: Config, options: Options, best: int) -> list[Alternative]:
-    """The fastest layouts that fit, one for each way of cutting student and teacher."""
+    """The fastest layouts that fit, of every way to cut the student, and one external teacher besides."""
+    here = make_setting(config, options)
+    sizes = functools.cache(read_sizes)  # of models that stay the same
+    cuts = [list(_permitted(config, key, changes, sizes)) for key, changes in _layouts(config, here).items()]
     found = []
-    experts = make_setting(config, options).shapes["student"].experts
-    for change in _layouts(config, EXPERT if experts else (1,)):
-        tried = _tried(config, options, change)
-        if tried is not None:
-            found.append(tried)
-    return sorted(found, key=_cost)[:best]
+    for chosen in product(*cuts):
+        sections: dict[str, Any] = {cut.key: cut.layout for cut in chosen}
+        different = replace(config, **sections)
+        try:
+            tried = plan(placed(replace(here, config=different), options.nodes))
+        except ConfigError:  # processes that the layouts do not divide
+            continue
+        if not tried.problems:
+            found.append((chosen, tried))
+    fastest = sorted(found, key=lambda one: _cost(one[1]))[:best]
+    return [
+        Alternative(tuple(word for cut in chosen for word in _words(config, cut.change)), tried)
+        for chosen, tried in fastest
+    ]
 
 
-def _cost(one: Alternative) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Cut:
+    """One way to cut one model."""
+
+    key: str
+    change: Change
+    layout: LayoutConfig
+    """The section with the change."""
+
+
+def _cost(found: Plan) -> tuple[float, float]:
     """Where writing hides all the rest, the layout with the least of the rest."""
-    parts = one.plan.times.parts
-    return one.plan.times.step, sum(parts.values()) - parts["write"] - parts["loss"]
+    parts = found.times.parts
+    return found.times.step, sum(parts.values()) - parts["write"] - parts["loss"]
 
 
 def _tried(config: Config, options: Options, change: Change) -> Alternative | None:
     """The plan with the change, if it can be and fits."""
-    different = copy.deepcopy(config)
-    words = []
-    for key, value in change:
-        section, _, name = key.rpartition(".")
-        holder = different.every_teacher().get(section) or attrgetter(section)(different)
-        if getattr(holder, name) != value:
-            setattr(holder, name, value)
-            words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    different = _changed(config, change)
     try:
         check_models(different, read_sizes)
         found = plan(make_setting(different, options))
     except ConfigError:
         return None
-    return None if found.problems else Alternative(tuple(words), found)
+    return None if found.problems else Alternative(_words(config, change), found)
+
+
+def _changed(config: Config, change: Change) -> Config:
+    """Another recipe with these settings; the rest of it is the same objects."""
+    changed: Config = functools.reduce(lambda holder, one: _with(holder, one[0].split("."), one[1]), change, config)
+    return changed
+
+
+def _with(holder: Any, path: Sequence[str], value: object) -> Any:
+    """A copy with another value at the end of the path."""
+    name, *rest = path
+    if rest:
+        value = _with(_at(holder, name), rest, value)
+    return {**holder, name: value} if isinstance(holder, dict) else replace(holder, **{name: value})
+
+
+def _at(holder: Any, name: str) -> Any:
+    return holder[name] if isinstance(holder, dict) else getattr(holder, name)
+
+
+def _words(config: Config, change: Change) -> tuple[str, ...]:
+    """What of it differs, as on the command line."""
+    found = []
+    for key, value in change:
+        if functools.reduce(_at, key.split("."), config) != value:
+            found.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return tuple(found)
 
 
 def _fewer_servers(config: Config, gpus: int) -> Iterator[Change]:
@@ -120,6 +162,8 @@ def _single_changes(config: Config) -> Iterator[Change]:
                 yield ((f"{key}.tensor_model_parallel_size", larger),)
             for larger in _doubled(teacher.pipeline_model_parallel_size, PIPELINE):
                 yield ((f"{key}.pipeline_model_parallel_size", larger),)
+            for larger in _doubled(teacher.context_parallel_size, CONTEXT):
+                yield ((f"{key}.context_parallel_size", larger),)
     for larger in _doubled(student.pipeline_model_parallel_size, PIPELINE):
         yield (("student.pipeline_model_parallel_size", larger),)
     for larger in _doubled(student.context_parallel_size, CONTEXT):
@@ -130,22 +174,32 @@ def _doubled(size: int, sizes: Sequence[int]) -> list[int]:
     return [larger for larger in sizes if larger > size]
 
 
-def _layouts(config: Config, expert: Sequence[int]) -> Iterator[Change]:
-    """Every way to cut the student, and one external teacher besides."""
+def _layouts(config: Config, setting: Setting) -> dict[str, Iterator[Change]]:
+    """Every way to cut the student, and one external teacher; experts and sequences are never cut together."""
+    found = {"student": _cuts("student", EXPERT if setting.shapes["student"].experts else (1,))}
     teacher = config.teacher
-    cut = not config.teachers and teacher.engine == "megatron" and teacher.source == "external"
-    teachers = list(product(TENSOR, PIPELINE)) if cut else [(0, 0)]
-    for tp, pp, ep, (teacher_tp, teacher_pp) in product(TENSOR, PIPELINE, expert, teachers):
-        change: list[tuple[str, object]] = [
-            ("student.tensor_model_parallel_size", tp),
-            ("student.pipeline_model_parallel_size", pp),
-            ("student.sequence_parallel", tp > 1),
-            ("student.expert_model_parallel_size", ep),
-        ]
-        if cut:
-            change += [
-                ("teacher.tensor_model_parallel_size", teacher_tp),
-                ("teacher.pipeline_model_parallel_size", teacher_pp),
-                ("teacher.sequence_parallel", teacher_tp > 1),
-            ]
-        yield tuple(change)
+    if not config.teachers and teacher.engine == "megatron" and teacher.source == "external":
+        found["teacher"] = _cuts("teacher", (teacher.expert_model_parallel_size,))
+    return found
+
+
+def _cuts(key: str, expert: Sequence[int]) -> Iterator[Change]:
+    for tp, cp, pp, ep in product(TENSOR, CONTEXT, PIPELINE, expert):
+        yield (
+            (f"{key}.tensor_model_parallel_size", tp),
+            (f"{key}.context_parallel_size", cp),
+            (f"{key}.pipeline_model_parallel_size", pp),
+            (f"{key}.sequence_parallel", tp > 1),
+            (f"{key}.expert_model_parallel_size", ep),
+        )
+
+
+def _permitted(config: Config, key: str, changes: Iterable[Change], sizes: SizesReader) -> Iterator[_Cut]:
+    """Those that the models' sizes permit."""
+    for change in changes:
+        different = _changed(config, change)
+        try:
+            check_models(different, sizes)
+        except ConfigError:
+            continue
+        yield _Cut(key, change, _at(different, key))

@@ -163,6 +163,43 @@ def test_a_sweep_prints_layouts_that_fit_fastest_first(recipe: Path) -> None:
     assert steps[0] <= plan(make_setting(config, Options())).times.step
 
 
+LONG = ("rollout.max_new_tokens=30000", "train.micro_batch_tokens=1", "rollout.engine=vllm", "rollout.batch_size=8",
+        "rollout.servers.urls=http://a:1", "rollout.servers.transport=nccl", "rollout.staleness=1")  # fmt: skip
+
+
+def swept(recipe: Path, *words: str, best: int = 10_000) -> list[dict[str, str]]:
+    """The changes of all layouts that fit."""
+    found = sweep(read_recipe(recipe, words), Options(), best)
+    return [dict(word.split("=") for word in one.words) for one in found]
+
+
+def test_a_sweep_cuts_long_sequences(recipe: Path) -> None:
+    """On 8 GPUs, where the recipe itself does not fit."""
+    assert planned(recipe, *LONG).problems
+    for model in ("student", "teacher"):
+        sizes = {change.get(f"{model}.context_parallel_size") for change in swept(recipe, *LONG)}
+        assert sizes >= {"2", "4", "8"}, model
+    assert "student.context_parallel_size" in swept(recipe, *LONG, best=1)[0]
+
+
+def test_every_layout_of_a_sweep_is_one_that_the_recipe_permits(recipe: Path) -> None:
+    """The plan that was compared is that of the words which are printed."""
+    for one in sweep(read_recipe(recipe, LONG), Options(), 10_000)[::40]:
+        again = planned(recipe, *LONG, *one.words)
+        assert again.problems == []
+        assert again.times == one.plan.times
+        assert again.worst == one.plan.worst
+
+
+def test_a_sweep_does_not_cut_the_sequences_of_experts(recipe: Path) -> None:
+    words = ("student.model=models/Qwen3-30B-A3B", "train.processes=32", "rollout.engine=vllm",
+             "rollout.servers.urls=http://a:1", "rollout.servers.transport=nccl")  # fmt: skip
+    found = swept(recipe, *words)
+    assert {change.get("student.expert_model_parallel_size") for change in found} >= {"8", "16"}
+    assert not [change for change in found if "student.context_parallel_size" in change]
+    assert [change for change in found if "teacher.context_parallel_size" in change], "the teacher has none"
+
+
 def test_sequences_that_are_cut(recipe: Path) -> None:
     """Half the activations for each rank, the same gradients to reduce, and keys and values that go round."""
     words = ("train.processes=8", "optimizer.distributed=false", "train.micro_batch_tokens=4096")
