@@ -5,6 +5,8 @@ Every rank writes its own shards; they can be read back under another layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,38 @@ def _metadata(model: HiddenStateModel) -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": model.pg_collection.dp_cp}
 
 
+@contextmanager
+def _without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Meanwhile the distributed optimizer takes parameters to lie in its buffers without the padding between buckets.
+
+    That is how it lays out the states that it saves (`get_parameter_state_dp_zero` of megatron-core 0.16.1), while it
+    cuts them by places with padding (`sharded_param_state_fully_reshardable`): behind a bucket that is padded every
+    parameter would be saved with states of its neighbours.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", ())]
+    padded = [buffer.param_index_map for buffer in buffers]
+    unpadded = [_places(buffer) for buffer in buffers]
+    try:
+        for buffer, places in zip(buffers, unpadded, strict=True):
+            buffer.param_index_map = places
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
+
+
+def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """(start, end, bucket) of each parameter of Megatron's buffer, without the padding between buckets."""
+    padding = [0]
+    for bucket in buffer.buckets:
+        padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+    return {
+        parameter: (start - padding[bucket], end - padding[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
 def _sharded_state(
     model: HiddenStateModel,
     optimizer: MegatronOptimizer,
@@ -119,7 +153,7 @@ def _sharded_state(
 ) -> dict[str, Any]:
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
-    with torch.no_grad():
+    with torch.no_grad(), _without_padding(optimizer):
         states = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     state = {"model": weights, "optimizer": states, "schedule": schedule.state_dict()}
     return state if average is None else {**state, "average": average.sharded_state(metadata)}
