@@ -808,6 +808,9 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = False
     """Gradients are reduced over replicas while the last row's backward pass still runs. A rank whose gradient is not
     finite is then not named: the update is left out, and the sum of all ranks is all that is known."""
+    overlap_param_gather: bool = False
+    """Updated parameters are gathered from the replicas while the next step begins, which gains something in steps
+    without a refit. For the distributed optimizer."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from nemo_opd.configuration.limit_rules import limit_rules
 from nemo_opd.configuration.model_files import read_model_sizes
 from nemo_opd.configuration.model_rules import check_models
 from nemo_opd.configuration.objective_rules import prefix_rules, weight_rules
+from nemo_opd.configuration.optimizer_rules import gather_rules
 from nemo_opd.configuration.reward_rules import reward_rules
 from nemo_opd.configuration.server_rules import reachable_servers, server_rules
 from nemo_opd.configuration.staleness_rules import staleness_rules
@@ -65,6 +66,7 @@ def check_settings(config: Config) -> None:
         _served_scores,
         weight_rules,
         _schedule,
+        gather_rules,
         _evaluation,
     ):
         rule(config)
@@ -177,9 +179,14 @@ def _schedule(config: Config) -> None:
 
 
 def _optimizer_here(config: Config) -> None:
-    if config.optimizer.distributed and importlib.util.find_spec("transformer_engine") is None:
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return
+    if config.optimizer.distributed:
         expected = "false or null, as Transformer Engine is not installed and a resume needs its Adam"
         raise ConfigError("optimizer.distributed", True, expected, "leave it out")
+    if config.optimizer.overlap_param_gather:
+        expected = "false, as the distributed optimizer needs Transformer Engine, which is not installed"
+        raise ConfigError("optimizer.overlap_param_gather", True, expected, "leave it out")
 
 
 def _evaluation(config: Config) -> None:

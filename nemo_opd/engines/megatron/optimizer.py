@@ -22,10 +22,13 @@ def use_distributed(config: OptimizerConfig) -> bool:
     """Whether optimizer states are spread over data-parallel replicas.
 
     Raises ConfigError where that could not be resumed: without Transformer Engine's fused Adam, Megatron's distributed
-    optimizer saves a state that it cannot load again.
+    optimizer saves a state that it cannot load again. And where parameters that are not spread are to be gathered.
     """
-    if config.distributed is None:
-        return have_transformer_engine()
+    distributed = have_transformer_engine() if config.distributed is None else config.distributed
+    if config.overlap_param_gather and not distributed:
+        expected = "false without the distributed optimizer, as each replica updates all of its parameters"
+        way_out = "leave it out, or run it with CUDA and Transformer Engine"
+        raise ConfigError("optimizer.overlap_param_gather", True, expected, way_out)
     if config.distributed and not have_transformer_engine():
         raise ConfigError(
             "optimizer.distributed",
@@ -33,7 +36,7 @@ def use_distributed(config: OptimizerConfig) -> bool:
             "false, or a machine with CUDA and Transformer Engine",
             "leave it unset: its checkpoints could not be resumed here",
         )
-    return config.distributed
+    return distributed
 
 
 def build_optimizer(

@@ -34,6 +34,7 @@ from nemo_opd.engines.megatron import checkpoint, cpu
 from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture
+from nemo_opd.engines.megatron.gathering import ParameterGathering
 from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, remember, student_groups
@@ -82,12 +83,14 @@ class MegatronTrainer:
         self._config, self._loss, self._weight = config, loss, weight
         self._teacher_outputs: dict[int, OutputLayer] = {}
         self._average: WeightAverage | None = None
+        self._read_between_steps = False
         self._names: tuple[str, ...] | None = None
         self._copies = Copies()
         self.model, self.architecture = self._build_model()
         with cpu.megatron_device():
-            overlap = config.optimizer.overlap_grad_reduce
-            self._ddp = data_parallel(self.model, distributed, dtype, student.fp8.param_gather, overlap)
+            overlap, gather = config.optimizer.overlap_grad_reduce, config.optimizer.overlap_param_gather
+            self._ddp = data_parallel(self.model, distributed, dtype, student.fp8.param_gather, overlap, gather)
+            self._gathering = ParameterGathering(self._ddp)
             self.model.config.finalize_model_grads_func = self._finalize_model_grads
             self._optimizer = build_optimizer(config.optimizer, self._ddp, dtype, student.fp8)
             self._schedule = build_schedule(config.optimizer, self._optimizer, total_steps)
@@ -141,6 +144,7 @@ class MegatronTrainer:
         """
         assert source in ("current", "frozen", "ema") and (source != "ema" or self._average is None)
         if source == "current":
+            self._read_between_steps = True
             return self.model
         copy, _ = self._build_model()
         if source == "ema":
@@ -157,8 +161,11 @@ class MegatronTrainer:
         losses = {name: value for name, value in means.items() if name in self._loss.components}
         total = sum(losses.values())
         grad_norm, skipped = update(self._optimizer, partial(accepts, total) if accepts else math.isfinite)
+        self._gathering.start()
         if self._average is not None and not skipped:
-            self._average.update(self.model)
+            self._average.update(self._whole_model())
+        if self._read_between_steps:
+            self._whole_model()
         return TrainStats(
             losses=losses,
             metrics={name: value for name, value in means.items() if name not in self._loss.components},
@@ -184,16 +191,21 @@ class MegatronTrainer:
 
     def export_weights(self) -> Iterator[NamedTensor]:
         """See `Trainer.export_weights`. Tensors may share memory with the model."""
-        return export_hf_weights(self.model, self.architecture)
+        return export_hf_weights(self._whole_model(), self.architecture)
 
     def snapshot(self, folder: Path, background: bool = False) -> Snapshot:
         """See `Trainer.snapshot`."""
         copies = self._copies if background else None
-        return checkpoint.snapshot(folder, self.model, self._optimizer, self._schedule, self._average, copies)
+        return checkpoint.snapshot(folder, self._whole_model(), self._optimizer, self._schedule, self._average, copies)
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`."""
-        checkpoint.load(folder, self.model, self._optimizer, self._schedule, self._average)
+        checkpoint.load(folder, self._whole_model(), self._optimizer, self._schedule, self._average)
+
+    def _whole_model(self) -> HiddenStateModel:
+        """The model for whoever reads or writes its weights outside its own modules: all of them have arrived."""
+        self._gathering.finish()
+        return self.model
 
     def _broken(self, sums: Sums) -> str:
         """What of this rank's own sums or gradient is not finite; see `TrainStats.broken`."""
@@ -266,6 +278,7 @@ class MegatronTrainer:
         self, row: PackedRow, share: Share, normalisers: Mapping[str, float], output: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Sums, Mapping[str, Tensor]]]:
         """(loss, token count that nobody divides by, (sums, token scores)), as `calculate_per_token_loss` wants it."""
+        self._gathering.finish(self.model.output_weight)  # read below without a call of the layer
         teacher = self._teacher_outputs.get(row.teacher)
         weight = None if teacher is None else teacher.weight
         tokens, held = share.tokens(with_payload(row.tokens, self._loss.needs, weight))
@@ -333,9 +346,11 @@ def data_parallel(
     dtype: torch.dtype,
     fp8_param_gather: bool = False,
     overlap: bool = False,
+    gather: bool = False,
 ) -> DistributedDataParallel:
     """Gradients in fp32 (float64 for a float64 model), summed over replicas once: at the end of a step or, with
-    `overlap`, bucket by bucket while the last row's backward pass runs."""
+    `overlap`, bucket by bucket while the last row's backward pass runs. With `gather` updated parameters are gathered
+    by `ParameterGathering`."""
     config = model.config
     ddp = DistributedDataParallel(
         config,
@@ -343,6 +358,8 @@ def data_parallel(
             grad_reduce_in_fp32=dtype != torch.float64,
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=overlap,
+            overlap_param_gather=gather,
+            align_param_gather=gather,  # modules begin no gathering, they wait
             fp8_param_gather=fp8_param_gather,
             check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
         ),
