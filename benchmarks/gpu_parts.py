@@ -23,8 +23,7 @@ from nemo_opd.config import Config, DataConfig, LayoutConfig, ReverseKLLoss, Run
 from nemo_opd.engines.megatron import cpu, fp8
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.model import (
-    HiddenStateModel,
-    block_spec,
+    ModelChunks,
     dtype_of,
     empty_model,
     have_transformer_engine,
@@ -99,7 +98,7 @@ def recipe(sizes: Sizes, folder: Path, fp8_recipe: str) -> Config:
     return config
 
 
-def random_model(folder: str, config: LayoutConfig, key: str, seed: int) -> tuple[HiddenStateModel, Architecture]:
+def random_model(folder: str, config: LayoutConfig, key: str, seed: int) -> tuple[ModelChunks, Architecture]:
     """The model that `build_model` would make of the folder, with matrices drawn from N(0, 0.02^2) and norms of 1.
 
     Raises:
@@ -110,7 +109,7 @@ def random_model(folder: str, config: LayoutConfig, key: str, seed: int) -> tupl
     groups = student_groups(layout, seed)
     with cpu.megatron_device():
         megatron = transformer_config(architecture, config, layout, dtype_of("bfloat16", key))
-        model = empty_model(architecture, megatron, block_spec(architecture, megatron, layout), layout, groups)
+        model = empty_model(architecture, megatron, layout, groups)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -123,7 +122,7 @@ def random_model(folder: str, config: LayoutConfig, key: str, seed: int) -> tupl
 class RandomTrainer(MegatronTrainer):
     """The trainer, its student's weights drawn instead of read."""
 
-    def _build_model(self) -> tuple[HiddenStateModel, Architecture]:
+    def _build_model(self) -> tuple[ModelChunks, Architecture]:
         student = self._config.student
         return random_model(student.model, student, "student", self._config.run.seed)
 
@@ -134,7 +133,7 @@ def make_trainer(config: Config) -> MegatronTrainer:
     return RandomTrainer(config, loss, None, config.train.steps)
 
 
-def make_teacher(config: Config) -> tuple[MegatronScorer, HiddenStateModel]:
+def make_teacher(config: Config) -> tuple[MegatronScorer, ModelChunks]:
     """The scorer, and its model, from which the trainer takes the output layer."""
     init_distributed()
     teacher = config.teacher

@@ -72,6 +72,9 @@ class LayoutConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Of the student: chunks of layers on each pipeline stage, which every row passes in turn (interleaved stages), so
+    that the pipeline fills and drains sooner; null or 1: one"""
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     """So many ranks share out the positions of every sequence, for long responses."""

@@ -18,7 +18,7 @@ from nemo_opd.configuration.load import load
 from nemo_opd.engines.megatron.checkpoint import load_model, save_model
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
 from nemo_opd.engines.megatron.hf_files import save_hf_checkpoint, whole_folder
-from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
+from nemo_opd.engines.megatron.model import ModelChunks, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups
 from nemo_opd.engines.megatron.torch_dist import TorchDistWeights, weights_folder
 from nemo_opd.engines.megatron.weights import export_hf_weights
@@ -74,7 +74,7 @@ def read_weights(checkpoint: Path, config: Config) -> Iterator[NamedTensor]:
     return export_hf_weights(*_read_model(checkpoint, config))
 
 
-def _read_model(checkpoint: Path, config: Config) -> tuple[HiddenStateModel, Architecture]:
+def _read_model(checkpoint: Path, config: Config) -> tuple[ModelChunks, Architecture]:
     init_distributed()
     layout = Layout(tp=1, pp=1, dp=1, rank=0)
     groups = student_groups(layout, config.run.seed)

@@ -78,10 +78,22 @@ def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
     if model.layers % pipeline:
         expected = f"{_alternatives(_divisors(model.layers))} (divisors of {model.layers} layers)"
         raise ConfigError(f"{who}.pipeline_model_parallel_size", pipeline, expected, "set it to one of these")
+    _chunks(who, layout, model)
     _experts(who, layout, model)
     if layout.sequence_parallel and tensor == 1:
         way_out = f"leave it out, or raise {who}.tensor_model_parallel_size"
         raise ConfigError(f"{who}.sequence_parallel", True, "false with tensor_model_parallel_size 1", way_out)
+
+
+def _chunks(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
+    pipeline, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    key, each = f"{who}.virtual_pipeline_model_parallel_size", model.layers // pipeline
+    if pipeline == 1 and chunks > 1:
+        way_out = f"leave it out, or raise {who}.pipeline_model_parallel_size"
+        raise ConfigError(key, chunks, "1 with pipeline_model_parallel_size 1, as there are no stages", way_out)
+    if each % chunks:
+        expected = f"{_alternatives(_divisors(each))} (divisors of the {each} layers of a stage)"
+        raise ConfigError(key, chunks, expected, "set it to one of these")
 
 
 def _experts(who: str, layout: LayoutConfig, model: ModelSizes) -> None:

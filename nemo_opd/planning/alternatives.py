@@ -176,19 +176,22 @@ def _doubled(size: int, sizes: Sequence[int]) -> list[int]:
 
 def _layouts(config: Config, setting: Setting) -> dict[str, Iterator[Change]]:
     """Every way to cut the student, and one external teacher; experts and sequences are never cut together."""
-    found = {"student": _cuts("student", EXPERT if setting.shapes["student"].experts else (1,))}
-    teacher = config.teacher
+    student, teacher = config.student, config.teacher
+    expert = EXPERT if setting.shapes["student"].experts else (1,)
+    found = {"student": _cuts("student", expert, student.virtual_pipeline_model_parallel_size)}
     if not config.teachers and teacher.engine == "megatron" and teacher.source == "external":
-        found["teacher"] = _cuts("teacher", (teacher.expert_model_parallel_size,))
+        found["teacher"] = _cuts("teacher", (teacher.expert_model_parallel_size,), None)
     return found
 
 
-def _cuts(key: str, expert: Sequence[int]) -> Iterator[Change]:
+def _cuts(key: str, expert: Sequence[int], chunks: int | None) -> Iterator[Change]:
+    """`chunks`: of each stage, where there are stages."""
     for tp, cp, pp, ep in product(TENSOR, CONTEXT, PIPELINE, expert):
         yield (
             (f"{key}.tensor_model_parallel_size", tp),
             (f"{key}.context_parallel_size", cp),
             (f"{key}.pipeline_model_parallel_size", pp),
+            (f"{key}.virtual_pipeline_model_parallel_size", chunks if pp > 1 else chunks and 1),
             (f"{key}.sequence_parallel", tp > 1),
             (f"{key}.expert_model_parallel_size", ep),
         )

@@ -78,14 +78,15 @@ class Fp8:
         casts then (distributed/param_and_grad_buffer.py)."""
         return width if not self.config.param_gather or self.recipe == "mxfp8" else 1
 
-    def layers(self, layers: int, pp: int, stage: int) -> int:
-        """Of this pipeline stage's layers those in FP8; `layers`: of all stages."""
+    def layers(self, layers: int, pp: int, stage: int, vp: int = 1) -> int:
+        """Of this pipeline stage's layers, in `vp` chunks, those in FP8; `layers`: of all stages."""
         if self.config.recipe == "none":
             return 0
         start, end = self.config.bf16_layers()
-        each = layers // pp
-        return max(0, min(layers - end, each * (stage + 1)) - max(start, each * stage))
+        each = layers // (pp * vp)
+        begins = [each * (chunk * pp + stage) for chunk in range(vp)]
+        return sum(max(0, min(layers - end, begin + each) - max(start, begin)) for begin in begins)
 
-    def fewest(self, layers: int, pp: int) -> int:
+    def fewest(self, layers: int, pp: int, vp: int = 1) -> int:
         """Of the stage that has the fewest, which sets the pace."""
-        return min(self.layers(layers, pp, stage) for stage in range(pp))
+        return min(self.layers(layers, pp, stage, vp) for stage in range(pp))

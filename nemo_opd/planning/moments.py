@@ -49,18 +49,20 @@ def moments(setting: Setting, stage: int, kernels: Kernels) -> dict[str, Parts]:
     return found
 
 
-def activations(setting: Setting, stage: int, kernels: Kernels, recompute: bool, rows: int | None = None) -> float:
-    """Bytes kept of all micro-batches in flight, or of `rows` of them; with `recompute` their layers' inputs alone."""
+def activations(setting: Setting, stage: int, kernels: Kernels, recompute: bool, passes: int | None = None) -> float:
+    """Bytes kept of all micro-batches in flight, or of `passes` of them through a chunk of layers; with `recompute` the
+    layers' inputs alone. Between interleaved stages a chunk's output is kept too."""
     student = setting.student
     shape, spread, width = student.shape, student.spread, student.width
-    if rows is None:
-        rows = in_flight(setting, stage)
+    if passes is None:
+        passes = in_flight(setting, stage)
     if recompute:
         layers = shape.layers // spread.pp * layer_input(shape, spread, width)
     else:
         selective = setting.config.student.recompute == "selective"
         layers = sum(count * _kept_of(student, kernels, selective, fp8) for fp8, count in _kinds(student, stage))
-    return rows * student.held * (layers + rotation_table(shape, width, kernels))
+    output = layer_input(shape, spread, width) if spread.vp > 1 else 0.0
+    return passes * student.held * (layers / spread.vp + output + rotation_table(shape, width, kernels))
 
 
 def _kinds(student: Model, stage: int) -> list[tuple[Fp8 | None, int]]:
@@ -77,8 +79,13 @@ def _kept_of(student: Model, kernels: Kernels, selective: bool, fp8: Fp8 | None)
 
 
 def in_flight(setting: Setting, stage: int) -> int:
-    """Micro-batches whose backward pass has not begun, at most."""
-    return min(setting.rows, setting.student.spread.pp - stage)
+    """Passes of micro-batches through a chunk of layers whose backward pass has not begun, at most.
+
+    From Megatron's `get_pp_rank_microbatches`: one more than the forward passes before the first backward pass.
+    """
+    pp, vp = setting.student.spread.pp, setting.student.spread.vp
+    first = pp - stage - 1 if vp == 1 else 2 * (pp - stage - 1) + (vp - 1) * pp
+    return min(setting.rows * vp, first + 1)
 
 
 def one_layer(setting: Setting, stage: int, kernels: Kernels) -> float:
@@ -91,7 +98,7 @@ def one_layer(setting: Setting, stage: int, kernels: Kernels) -> float:
 def _kept(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     student = setting.student
     parts = {"activations": activations(setting, stage, kernels, student_recomputes(setting))}
-    if stage > 0:  # the row that came, the next one, and the gradient that goes back
+    if stage > 0 or student.spread.vp > 1:  # the row that came, the next one, and the gradient that goes back
         parts["messages between stages"] = (
             3 * student.held * layer_input(student.shape, student.spread, student.width)
         )
@@ -159,8 +166,8 @@ def _output_gradient(setting: Setting, stage: int, kernels: Kernels) -> Parts:
 def _embedding_gradient(setting: Setting, stage: int, kernels: Kernels) -> Parts:
     """At the end of a row's backward pass; other rows may be in flight."""
     student = setting.student
-    rows = in_flight(setting, stage) - 1
-    others = activations(setting, stage, kernels, student_recomputes(setting), rows)
+    passes = in_flight(setting, stage) - 1
+    others = activations(setting, stage, kernels, student_recomputes(setting), passes)
     copies = _GRADIENTS_OF_TIED if student.shape.tied and student.spread.pp == 1 else 1
     return {
         "activations": others,

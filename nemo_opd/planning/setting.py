@@ -40,7 +40,7 @@ class Model:
 
     def fp8_layers(self, stage: int) -> int:
         """Layers of this stage whose matrix products are in FP8."""
-        return self.fp8.layers(self.shape.layers, self.spread.pp, stage)
+        return self.fp8.layers(self.shape.layers, self.spread.pp, stage, self.spread.vp)
 
     def fp8_numbers(self, stage: int) -> int:
         """Numbers of these layers' matrices on one rank."""
@@ -61,8 +61,8 @@ class Model:
     @property
     def fp8_passed(self) -> int:
         """Numbers in matrices in FP8 that a token passes through, were all stages like the one with the fewest."""
-        pp = self.spread.pp
-        return pp * self.fp8.fewest(self.shape.layers, pp) * self.shape.linear().dense
+        pp, vp = self.spread.pp, self.spread.vp
+        return pp * self.fp8.fewest(self.shape.layers, pp, vp) * self.shape.linear().dense
 
 
 @dataclass(frozen=True)
@@ -297,4 +297,5 @@ class Setting:
     def _spread(self, layout: LayoutConfig) -> Spread:
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         cp, ep = layout.context_parallel_size, layout.expert_model_parallel_size
-        return Spread(tp, pp, self.processes // (tp * cp * pp), ep, layout.sequence_parallel and tp > 1, cp)
+        vp = layout.virtual_pipeline_model_parallel_size or 1
+        return Spread(tp, pp, self.processes // (tp * cp * pp), ep, layout.sequence_parallel and tp > 1, cp, vp)

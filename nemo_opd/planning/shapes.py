@@ -38,10 +38,23 @@ class Spread:
     ep: int = 1
     sequence_parallel: bool = False
     cp: int = 1
+    vp: int = 1
+    """Chunks of layers on each pipeline stage."""
 
     @property
     def ranks(self) -> int:
         return self.stage_ranks * self.pp
+
+    def filled(self, rows: int) -> float:
+        """Time that so many equal rows take, by that in which a stage works on them: a pipeline fills and drains.
+
+        Rows go through interleaved stages in rounds of `pp`, through one chunk after the other, so that filling and
+        draining take a chunk's time for each other stage, not a stage's (Narayanan and others 2021, arXiv 2104.04473,
+        section 2.2). Between the chunks of a last round with fewer rows stages wait for one another.
+        """
+        rounds, rest = divmod(rows, self.pp)
+        steps = rounds * self.pp * self.vp + ((self.vp - 1) * self.pp + rest if rest else 0)
+        return (steps + self.pp - 1) / (rows * self.vp)
 
     @property
     def stage_ranks(self) -> int:

@@ -62,7 +62,8 @@ def _count(number: int, what: str) -> str:
 
 def _spread(spread: Spread) -> str:
     sizes = {"TP": spread.tp, "CP": spread.cp, "PP": spread.pp, "EP": spread.ep, "DP": spread.dp}
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "whole"
+    words = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "whole"
+    return f"{words}, each stage in {spread.vp} chunks" if spread.vp > 1 else words
 
 
 def _head(plan: Plan) -> Iterator[str]:

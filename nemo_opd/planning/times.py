@@ -106,7 +106,7 @@ def _train(setting: Setting, moved: Sequence[Flow]) -> tuple[float, float]:
     stage = _products(setting, arithmetic / ranks, eight / ranks, efficiency)
     stage += sum(flow.seconds for flow in moved if flow.part == "train")
     loss = _loss(setting) + sum(flow.seconds for flow in moved if flow.part == "loss")
-    filled = (rows + spread.pp - 1) / rows
+    filled = spread.filled(rows)
     return filled * (stage + loss), filled * loss
 
 
@@ -143,8 +143,7 @@ def _score(setting: Setting, moved: Sequence[Flow]) -> float:
 
 def _teacher(setting: Setting, model: Model) -> float:
     rows, pp = teacher_rows(setting, model), model.spread.pp
-    window = min(rows, _WINDOW * pp)
-    filled = (window + pp - 1) / window
+    filled = model.spread.filled(min(rows, _WINDOW * pp))
     whole = not setting.whole_teacher
     return filled * _forward_seconds(setting, model.shape, setting.processes, whole, model.fp8_passed)
 

@@ -101,11 +101,13 @@ def _stages(setting: Setting) -> Iterator[Flow]:
     if spread.pp > 1:
         sent = _stage_bytes(setting.student, setting.positions / spread.parts)
         stride = spread.stage_ranks
-        yield _flow(setting, "train", "student: between stages", 2, stride, 2 * sent, 2 * setting.rows, 1)
+        calls = 2 * setting.rows * spread.vp
+        yield _flow(setting, "train", "student: between stages", 2, stride, 2 * sent, calls, 1)
 
 
 def _stage_bytes(model: Model, positions: float) -> float:
-    return positions * model.shape.hidden * model.width / model.spread.sequence
+    """That leave a rank forward, at most: a hidden state for each position and chunk of layers."""
+    return positions * model.shape.hidden * model.width / model.spread.sequence * model.spread.vp
 
 
 def _loss(setting: Setting) -> Iterator[Flow]:
@@ -172,7 +174,8 @@ def _scoring(setting: Setting) -> Iterator[Flow]:
         yield _context_parallel(setting, model, "score", positions, rows, 1)
         if spread.pp > 1:
             sent = _stage_bytes(model, positions)
-            yield _flow(setting, "score", f"{model.key}: between stages", 2, spread.stage_ranks, sent, rows, 1)
+            calls = rows * spread.vp
+            yield _flow(setting, "score", f"{model.key}: between stages", 2, spread.stage_ranks, sent, calls, 1)
         if setting.whole_teacher and not model.key.endswith("base_model"):
             each = tokens * model.shape.hidden * model.width
             whole = 2 * (spread.cp - 1) / spread.cp * each / spread.dp

@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from nemo_opd.config import Config
-from nemo_opd.types import Need, TeacherScores
+from nemo_opd.types import TeacherScores
 from tests.helpers.figures import record
-from tests.helpers.megatron import random_hidden, random_rollouts, recipe, replica_batch
+from tests.helpers.megatron import random_rollouts, replica_batch
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.training import LOSSES, VOCAB, fp64, gradients, loss_of, steps, trainer_for
 
-VOCAB = 91  # odd: the last tensor-parallel shard is uneven
-HIDDEN = 32
-STEPS = 3
 CP2: dict[str, Any] = {"student__context_parallel_size": 2}
 TP2: dict[str, Any] = {"student__tensor_model_parallel_size": 2, "student__sequence_parallel": True}
 PP2: dict[str, Any] = {"student__pipeline_model_parallel_size": 2}
@@ -30,8 +28,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2 x pp2": (4, {**CP2, **PP2, "student__recompute": "full"}),
     "cp2 x dp2": (4, {**CP2, "optimizer__overlap_grad_reduce": True}),
 }
-LOSSES = ("reverse_kl", "tail", "cross_entropy", "policy_gradient")
-"""Over the whole vocabulary, over the teacher's best ids, of a data set's tokens, and of a whole row's returns."""
 
 
 @pytest.fixture(scope="module")
@@ -47,51 +43,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
     return {1: ranks1, 2: ranks2, 4: ranks4}
-
-
-def fp64(folders: dict[str, Path], student: str = "untied", **settings: Any) -> Config:
-    settings |= {"student__dtype": "float64", "teacher__dtype": "float64", "train__micro_batch_tokens": 64}
-    return recipe(folders[student], folders["teacher"], **settings)
-
-
-def loss_of(name: str) -> Any:
-    from nemo_opd.losses.registry import LOSSES as REGISTERED
-
-    return REGISTERED[name](**{"tail": {"k": 8}, "policy_gradient": {"discount": 0.9}}.get(name, {}))
-
-
-def trainer_for(config: Config, loss: str) -> Any:
-    from nemo_opd.engines.megatron.parallel import destroy_student_groups
-    from nemo_opd.engines.megatron.trainer import MegatronTrainer
-
-    destroy_student_groups()  # of an earlier test in this process
-    trainer = MegatronTrainer(config, loss_of(loss), None, 10)
-    trainer.set_teacher_output(config.teacher.model)
-    return trainer
-
-
-def batch_for(config: Config, place: Any, loss: str, step: int) -> Any:
-    """Rollouts of 1 to 47 positions, most of which 4 and 8 do not divide; this replica's rows."""
-    rollouts = random_rollouts(step, 6, VOCAB)
-    scores = random_hidden(rollouts, step, HIDDEN, torch.float64)
-    need = loss_of(loss).needs.need
-    if need is Need.SAMPLED:
-        scores = {
-            key: TeacherScores(key, score.valid, sampled_logprobs=-rollouts[key].response_ids.float() / 20)
-            for key, score in scores.items()
-        }
-    where = (place.data_parallel_rank, place.data_parallel_size, config.train.micro_batch_tokens)
-    return replica_batch(rollouts, {} if need is Need.NOTHING else scores, loss_of(loss), *where)
-
-
-def gradients(rank: int, config: Config, losses: tuple[str, ...] = LOSSES) -> dict[str, Any] | None:
-    """The gradient of one batch under each loss, by Hugging Face name, from rank 0."""
-    found = {}
-    for loss in losses:
-        trainer = trainer_for(config, loss)
-        for name, gradient in trainer.gradients(batch_for(config, trainer.place, loss, 0)):
-            found[f"{loss} {name}"] = gradient.clone().numpy()
-    return found if rank == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -117,19 +68,6 @@ def test_gradients_are_equal(
         errors.append(float(np.abs(got[name] - gradient).max()))
         assert errors[-1] < 1e-10 * largest, f"{name}: {errors[-1]}"
     record("R15", f"largest difference of a gradient in float64: {layout}, {student}", f"{max(errors):.1e}")
-
-
-def steps(rank: int, config: Config, loss: str) -> list[tuple[dict[str, float], list[dict[str, list[float]]] | None]]:
-    """Of each step its statistics and, where the loss is computed, the token scores of each row."""
-    trainer = trainer_for(config, loss)
-    found = []
-    for step in range(STEPS):
-        stats = trainer.train_step(batch_for(config, trainer.place, loss, step))
-        assert not stats.skipped
-        scores = [{name: values.tolist() for name, values in row.items()} for row in stats.token_scores]
-        numbers = {**stats.losses, **stats.metrics, "grad_norm": stats.grad_norm}
-        found.append((numbers, scores if trainer.place.computes_loss else None))
-    return found
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "tail", "cross_entropy"])

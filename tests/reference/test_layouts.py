@@ -80,6 +80,7 @@ def gradients(rank: int, config: Config, step: int = 0, count: int = 6) -> dict[
 
 TP2 = {"student__tensor_model_parallel_size": 2}
 PP2 = {"student__pipeline_model_parallel_size": 2}
+CHUNKS: dict[str, Any] = {**PP2, "student__virtual_pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
     "tp2 sequence parallel": (2, {**TP2, "student__sequence_parallel": True}),
@@ -238,7 +239,7 @@ def layer_calls(rank: int, config: Config) -> tuple[int, int]:
 
         return hook
 
-    layer = trainer.model.decoder.layers[0]
+    layer = trainer.model.chunks[0].decoder.layers[0]
     layer.self_attention.core_attention.register_forward_hook(count(0))
     layer.mlp.register_forward_hook(count(1))
     batch = batch_for(config, trainer.place, 0)
@@ -294,12 +295,17 @@ def distributed_curve(rank: int, config: Config) -> list[tuple[float, float, flo
     return found
 
 
+@pytest.mark.parametrize(("size", "settings"), [(2, {}), (4, CHUNKS)], ids=["dp2", "pp2 in chunks x dp2"])
 def test_the_distributed_optimizer_takes_the_same_steps(
-    folders: dict[str, Path], ranks2: RankPool, one_process_curves: dict[str, Any]
+    folders: dict[str, Path],
+    pools: dict[int, RankPool],
+    one_process_curves: dict[str, Any],
+    size: int,
+    settings: dict[str, Any],
 ) -> None:
     """20 steps of two replicas, each of which updates half of the weights and gathers the rest."""
-    curves = ranks2.run(distributed_curve, fp32(folders, "untied"))
-    assert curves[0] == curves[1]
+    curves = pools[size].run(distributed_curve, fp32(folders, "untied", **settings))
+    assert all(other == curves[0] for other in curves)
     np.testing.assert_allclose(np.array(curves[0]), np.array(one_process_curves["untied"]), atol=1e-4, rtol=1e-4)
 
 

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any], str]] = {
     "experts repeated, in buckets": (2, "experts", REDUCED, "external"),
     "tp2 x dp2, in buckets": (4, "untied", {**REDUCED, **TP2}, "external"),
     "pp2 x dp2, in buckets, tied": (4, "tied", {**REDUCED, **PP2}, "external"),
+    "pp2 in chunks x dp2, tied": (4, "tied", {**PP2, "student__virtual_pipeline_model_parallel_size": 2}, "external"),
 }
 """Ranks, student, settings, teacher."""
 IN_TIME = ("dp2", "pp2 x dp2, in buckets, tied")
@@ -141,7 +142,7 @@ def whole_run(rank: int, config: Config, source: str, late: bool, folder: Path) 
             stats = trainer.train_step(batch)
             found["steps"].append(str((*stats.losses.values(), stats.grad_norm, stats.skipped)))
             found["rows"].append(len(batch.rows))
-            groups = trainer._ddp.bucket_groups + trainer._ddp.expert_parallel_bucket_groups
+            groups = [g for ddp in trainer._ddp for g in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups)]
             found["buckets"] = len(groups)
             found["waiting"].append(sum(group.param_gather_handle is not None for group in groups))
             if teacher is not None:

@@ -217,7 +217,7 @@ def _parity(
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # whatever the loader forgets shows
         load_hf_weights(model, source)
-        logits = _forward(model, groups) if dtype == "float32" else None
+        logits = _forward(model.chunks[0], groups) if dtype == "float32" else None
         save_hf_checkpoint(export_hf_weights(model, architecture), exported, source)
         return logits
     finally:

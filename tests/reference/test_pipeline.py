@@ -34,13 +34,18 @@ def _one_step(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...]) 
     [
         ("student.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"),
         ("student.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2"),
+        (
+            *("student.pipeline_model_parallel_size=2", "student.virtual_pipeline_model_parallel_size=2"),
+            "teacher.tensor_model_parallel_size=2",
+        ),
     ],
 )
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient(
     ranks2: RankPool, tmp_path: Path, layout: tuple[str, ...]
 ):
     folder = make_workspace(tmp_path)
-    overrides = (*layout, f"teacher.model={folder / 'student'}", "student.dtype=float64", "teacher.dtype=float64")
+    models = (f"{who}.model={folder / 'teacher'}" for who in ("student", "teacher"))
+    overrides = (*layout, *models, "student.dtype=float64", "teacher.dtype=float64")
     for metrics in ranks2.run(_one_step, str(folder), str(tmp_path / "run"), overrides):
         assert metrics["tokens/trained"] > 8
         assert metrics["tokens/dropped"] == 0

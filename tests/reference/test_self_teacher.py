@@ -13,6 +13,10 @@ from tests.helpers.ranks import RankPool
 from tests.helpers.workspace import make_workspace, workspace_config
 
 SELF = ("teacher.model=null", "train.steps=20", "student.tensor_model_parallel_size=2")
+INTERLEAVED = (
+    *("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2"),
+    *("student.virtual_pipeline_model_parallel_size=2", "student.model={folder}/teacher"),  # a model of four layers
+)
 RULE = ("context=privileged", "context.text=answer in base 4.", "context.max_tokens=32", "data.max_prompt_tokens=64")
 """A teacher that reads more than the student: otherwise a self teacher has nothing to say."""
 
@@ -25,7 +29,8 @@ def _assemble(folder: str, run_dir: str, overrides: tuple[str, ...]) -> Any:
     from nemo_opd.reliability.stop import StopRequest
 
     destroy_student_groups()  # of an earlier test in this process
-    config = workspace_config(Path(folder), *SELF, *overrides, run_dir=Path(run_dir))
+    words = (word.format(folder=folder) for word in overrides)
+    config = workspace_config(Path(folder), *SELF, *words, run_dir=Path(run_dir))
     processes = Processes.current()
     run = assemble(config, processes, StopRequest(Path(run_dir), "test", processes))
     refit_generator(run)
@@ -70,6 +75,7 @@ def _fixed_point(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...
         (),
         ("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2"),
         ("student.tensor_model_parallel_size=1", "student.context_parallel_size=2"),
+        INTERLEAVED,
     ],
 )
 def test_the_current_student_agrees_with_itself(
@@ -109,12 +115,15 @@ def _average(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...]) -
     }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-14), ("bfloat16", 5e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "layout"), [("float64", 1e-14, ()), ("bfloat16", 5e-3, ()), ("float64", 1e-14, INTERLEAVED)]
+)
 def test_a_resumed_average_goes_on_bit_for_bit(
-    ranks2: RankPool, workspace: Path, tmp_path: Path, dtype: str, tolerance: float
+    ranks2: RankPool, workspace: Path, tmp_path: Path, dtype: str, tolerance: float, layout: tuple[str, ...]
 ) -> None:
     """In bfloat16 it is the fp32 average that must be restored: what is shown of it is rounded."""
     overrides = ("teacher.source=ema", "teacher.decay=0.8", f"student.dtype={dtype}", "optimizer.lr=1e-2", *RULE)
+    overrides += layout
     for answer in ranks2.run(_average, str(workspace), str(tmp_path), overrides):
         assert answer["student"] and answer["teacher"]
         assert answer["error"] < tolerance < answer["moved"]
@@ -131,9 +140,13 @@ def _reshard(rank: int, folder: str, run_dir: str, overrides: tuple[str, ...], o
     return _same(_teacher(_assemble(folder, run_dir, (*overrides, *other))), expected)
 
 
-def test_an_average_is_read_back_under_another_layout(ranks2: RankPool, workspace: Path, tmp_path: Path) -> None:
-    other = ("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2")
-    overrides = ("teacher.source=ema", "student.dtype=float32", *RULE)
+@pytest.mark.parametrize(
+    "other", [("student.tensor_model_parallel_size=1", "student.pipeline_model_parallel_size=2"), INTERLEAVED]
+)
+def test_an_average_is_read_back_under_another_layout(
+    ranks2: RankPool, workspace: Path, tmp_path: Path, other: tuple[str, ...]
+) -> None:
+    overrides = ("teacher.source=ema", "student.dtype=float32", "student.model={folder}/teacher", *RULE)
     assert all(ranks2.run(_reshard, str(workspace), str(tmp_path), overrides, other))
 
 

@@ -75,7 +75,7 @@ def save_as_megatron(rank: int, cases: dict[str, tuple[Saved, Path, Path]]) -> N
         model, _ = built(rank, case, source)
         with cpu.megatron_device():
             metadata = {**case.metadata, "dp_cp_group": model.pg_collection.dp_cp}
-            weights = model.sharded_state_dict(prefix=case.prefix, metadata=metadata)
+            weights = model.chunks[0].sharded_state_dict(prefix=case.prefix, metadata=metadata)
             dist_checkpointing.save({"model": weights, "args": {"iteration": 7}}, str(folder))
 
 
@@ -195,8 +195,9 @@ def load_as_megatron(rank: int, case: Saved, source: Path, folder: Path, out: Pa
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     with cpu.megatron_device():
-        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})}
-        model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+        [chunk] = model.chunks
+        wanted = {"model": chunk.sharded_state_dict(metadata={"dp_cp_group": chunk.pg_collection.dp_cp})}
+        chunk.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
     save_hf_checkpoint(export_hf_weights(model, architecture), out, source)
 
 

@@ -24,6 +24,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"student__context_parallel_size": 2}),
     "tp4": (4, {"student__tensor_model_parallel_size": 4}),
     "tp2 pp2": (4, {"student__tensor_model_parallel_size": 2, "student__pipeline_model_parallel_size": 2}),
+    "pp2, 2 chunks": (
+        2,
+        {"student__pipeline_model_parallel_size": 2, "student__virtual_pipeline_model_parallel_size": 2},
+    ),
     "tp2, padded": (2, {"student__tensor_model_parallel_size": 2, "student__vocab_padding_multiple": 16}),
 }
 
@@ -32,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """91 ids: no layout but that of one process divides them."""
     return tiny_checkpoint(
-        tmp_path_factory.mktemp("reshard") / "model", vocab_size=VOCAB, num_hidden_layers=2, num_key_value_heads=4
+        tmp_path_factory.mktemp("reshard") / "model", vocab_size=VOCAB, num_hidden_layers=4, num_key_value_heads=4
     )
 
 
@@ -62,7 +66,13 @@ def _save(rank: int, trainer: Any, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "way",
-    [("tp2", "one", "tp2"), ("one", "tp2 pp2", "tp4", "one"), ("dp2", "tp2, padded", "dp2"), ("cp2", "one", "cp2")],
+    [
+        ("tp2", "one", "tp2"),
+        ("one", "tp2 pp2", "tp4", "one"),
+        ("dp2", "tp2, padded", "dp2"),
+        ("cp2", "one", "cp2"),
+        ("pp2, 2 chunks", "tp2 pp2", "one", "pp2, 2 chunks"),
+    ],
     ids=lambda way: " -> ".join(way),
 )
 def test_no_bit_changes_on_the_way_through_other_layouts(

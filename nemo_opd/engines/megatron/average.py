@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from torch import Tensor
 
+from nemo_opd.engines.megatron.model import ModelChunks
+
 _PREFIX = "teacher.average"
 """Before the names of the average's tensors in a checkpoint."""
 
@@ -31,7 +33,7 @@ class WeightAverage:
         decay: share of the average that stays at a step, in [0, 1].
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+    def __init__(self, model: ModelChunks, decay: float) -> None:
         self.model = model.requires_grad_(False).eval()
         self._decay = decay
         self._exact = [_exact(parameter) for parameter in model.parameters()]
@@ -45,7 +47,7 @@ class WeightAverage:
 
     def sharded_state(self, metadata: dict[str, Any]) -> dict[int, Any]:
         """For `megatron.core.dist_checkpointing`: the exact average, which can be read back under another layout."""
-        weights: Any = self.model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        weights: Any = self.model.sharded_state_dict(metadata)
         shards = get_param_id_to_sharded_param_map(weights, self.model.parameters())
         return {n: make_sharded_optimizer_tensor(shards[n], exact, _PREFIX) for n, exact in enumerate(self._exact)}
 

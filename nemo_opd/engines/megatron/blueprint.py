@@ -23,15 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nemo_opd.config import LayoutConfig
 from nemo_opd.engines.megatron import cpu
 from nemo_opd.engines.megatron.families import architecture_of
-from nemo_opd.engines.megatron.model import (
-    HiddenStateModel,
-    block_spec,
-    dtype_of,
-    empty_model,
-    transformer_config,
-)
+from nemo_opd.engines.megatron.model import ModelChunks, dtype_of, empty_model, transformer_config
 from nemo_opd.engines.megatron.parallel import Layout
-from nemo_opd.engines.megatron.trainer import data_parallel
+from nemo_opd.engines.megatron.trainer import data_parallel, gradient_buffers
 
 _META = torch.device("meta")
 
@@ -76,10 +70,10 @@ def blueprints(
         raise RuntimeError("got a process of a process group; expected one of its own, as ranks are played in it")
     cpu.install()
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    cp = config.context_parallel_size
+    cp, vp = config.context_parallel_size, config.virtual_pipeline_model_parallel_size or 1
     dp = world_size // (tp * cp * pp)
     for stage in range(pp):
-        layout = Layout(tp, pp, dp, stage * tp * cp * dp, config.expert_model_parallel_size, cp)
+        layout = Layout(tp, pp, dp, stage * tp * cp * dp, config.expert_model_parallel_size, cp, vp)
         with _fake_rank(layout), _OnMeta(), _META:
             model = _model(values, where, config, layout, dtype, vocab_padding_multiple)
             gradients = _gradient_bytes(model, distributed, dtype) if trained else 0
@@ -110,6 +104,7 @@ def _fake_rank(layout: Layout) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
@@ -130,20 +125,19 @@ def _model(
     layout: Layout,
     dtype: str,
     vocab_padding_multiple: int,
-) -> HiddenStateModel:
+) -> ModelChunks:
     architecture = architecture_of(values, where)
     megatron = transformer_config(architecture, config, layout, dtype_of(dtype, "dtype"))
-    spec = block_spec(architecture, megatron, layout)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return empty_model(architecture, megatron, spec, layout, groups, vocab_padding_multiple)
+    return empty_model(architecture, megatron, layout, groups, vocab_padding_multiple)
 
 
-def _gradient_bytes(model: HiddenStateModel, distributed: bool, dtype: str) -> int:
+def _gradient_bytes(model: ModelChunks, distributed: bool, dtype: str) -> int:
     wrapped = data_parallel(model, distributed, dtype_of(dtype, "dtype"))
-    return sum(buffer.grad_data.nbytes for buffer in wrapped.buffers + wrapped.expert_parallel_buffers)
+    return sum(buffer.grad_data.nbytes for buffer in gradient_buffers(wrapped))
 
 
-def _blueprint(layout: Layout, model: HiddenStateModel, gradient_bytes: int) -> Blueprint:
+def _blueprint(layout: Layout, model: ModelChunks, gradient_bytes: int) -> Blueprint:
     parameters = list(model.parameters())
     expert = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
     return Blueprint(

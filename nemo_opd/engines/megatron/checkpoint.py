@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opd.engines.megatron import cpu, reading
 from nemo_opd.engines.megatron.average import WeightAverage
-from nemo_opd.engines.megatron.model import HiddenStateModel
+from nemo_opd.engines.megatron.model import ModelChunks
 from nemo_opd.engines.megatron.shards import Copies, ShardSnapshot
 from nemo_opd.errors import ConfigError
 
@@ -29,7 +29,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 def snapshot(
     folder: Path,
-    model: HiddenStateModel,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None = None,
@@ -42,7 +42,7 @@ def snapshot(
 
 def load(
     folder: Path,
-    model: HiddenStateModel,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None = None,
@@ -62,7 +62,7 @@ def load(
     with cpu.megatron_device():
         wanted = _sharded_state(model, optimizer, schedule, average, is_loading=True)
         state = reading.load(wanted, folder)
-        model.load_state_dict(state["model"])
+        model.load_sharded(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, recipe, strict=True):
             group.update(values)
@@ -73,7 +73,7 @@ def load(
         dist.barrier()
 
 
-def load_model(folder: Path, model: HiddenStateModel) -> None:
+def load_model(folder: Path, model: ModelChunks) -> None:
     """Read the weights alone of what a snapshot wrote, under this or another layout. Collective.
 
     The scales of FP8 (`_extra_state`) are left out: Transformer Engine unpickles them, and nobody trains on from here.
@@ -82,20 +82,22 @@ def load_model(folder: Path, model: HiddenStateModel) -> None:
     """
     _require_checkpoint(folder)
     with cpu.megatron_device():
-        weights = model.sharded_state_dict(metadata=_metadata(model))
-        extra = [name for name in weights if name.endswith("_extra_state")]
-        for name in extra:
-            del weights[name]
+        weights = model.sharded_state_dict(_metadata(model))
+        extra = {n: [name for name in chunk if name.endswith("_extra_state")] for n, chunk in weights.items()}
+        for n, names in extra.items():
+            for name in names:
+                del weights[n][name]
         state = reading.load({"model": weights}, folder)["model"]
-        model.load_state_dict({**state, **{name: torch.empty(0, dtype=torch.uint8) for name in extra}})
+        none = torch.empty(0, dtype=torch.uint8)
+        model.load_sharded({n: {**chunk, **dict.fromkeys(extra[n], none)} for n, chunk in state.items()})
         dist.barrier()
 
 
-def save_model(folder: Path, model: HiddenStateModel) -> None:
+def save_model(folder: Path, model: ModelChunks) -> None:
     """Write the weights alone into an existing empty folder, for Megatron's `dist_checkpointing.load` under any layout.
     Collective."""
     with cpu.megatron_device():
-        shards = ShardSnapshot(folder, {"model": model.sharded_state_dict(metadata=_metadata(model))}, None)
+        shards = ShardSnapshot(folder, {"model": model.sharded_state_dict(_metadata(model))}, None)
         for _ in shards.write():
             pass
         shards.finish()
@@ -108,7 +110,7 @@ def _require_checkpoint(folder: Path) -> None:
         )
 
 
-def _metadata(model: HiddenStateModel) -> dict[str, Any]:
+def _metadata(model: ModelChunks) -> dict[str, Any]:
     return {**_METADATA, "dp_cp_group": model.pg_collection.dp_cp}
 
 
@@ -145,14 +147,14 @@ def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
 
 
 def _sharded_state(
-    model: HiddenStateModel,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     average: WeightAverage | None,
     is_loading: bool,
 ) -> dict[str, Any]:
     metadata = _metadata(model)
-    weights = model.sharded_state_dict(metadata=metadata)
+    weights = model.sharded_state_dict(metadata)
     with torch.no_grad(), _without_padding(optimizer):
         states = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     state = {"model": weights, "optimizer": states, "schedule": schedule.state_dict()}

@@ -218,14 +218,15 @@ class Architecture:
         pipeline_model_parallel_size: int,
         key: str = "student",
         expert_model_parallel_size: int = 1,
+        virtual_pipeline_model_parallel_size: int = 1,
     ) -> None:
         """Refuse a layout whose sizes do not divide.
 
         Query groups may be fewer than tensor-parallel ranks if they divide them (Megatron then cuts groups).
 
         Raises:
-            ConfigError: naming ``{key}.tensor_model_parallel_size``, ``{key}.pipeline_model_parallel_size`` or
-                ``{key}.expert_model_parallel_size``.
+            ConfigError: naming ``{key}.tensor_model_parallel_size``, ``{key}.pipeline_model_parallel_size``,
+                ``{key}.virtual_pipeline_model_parallel_size`` or ``{key}.expert_model_parallel_size``.
         """
         tp, pp, groups = tensor_model_parallel_size, pipeline_model_parallel_size, self.num_query_groups
         cut = {
@@ -243,6 +244,10 @@ class Architecture:
         if self.num_layers % pp:
             what = f"the model's {self.num_layers} layers"
             raise _does_not_divide(f"{key}.pipeline_model_parallel_size", pp, what, self.num_layers)
+        each, vp = self.num_layers // pp, virtual_pipeline_model_parallel_size
+        if each % vp:
+            what = f"the {each} layers of a pipeline stage"
+            raise _does_not_divide(f"{key}.virtual_pipeline_model_parallel_size", vp, what, each)
         experts, ep = self.experts.count if self.experts else 1, expert_model_parallel_size
         if experts % ep:
             what = f"the model's {experts} experts" if self.experts else "1, as a dense model has no experts"

@@ -10,21 +10,23 @@ pass, and, as all ranks begin at the same point, none waits for one that reads n
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.distributed import DistributedDataParallel
 from torch.nn import Parameter
 
 
 class ParameterGathering:
-    """What is on its way to the parameters of a wrapped model; nothing ever is where nothing overlaps.
+    """What is on its way to the parameters of a model's wrapped chunks; nothing ever is where nothing overlaps.
 
     Outside a training step every bucket is whole or on its way, so that `finish` only waits.
     """
 
-    def __init__(self, wrapper: DistributedDataParallel) -> None:
-        self._group_of = wrapper.param_to_bucket_group
-        # Megatron fills buckets from the end of the model.
-        groups = [*reversed(wrapper.bucket_groups), *reversed(wrapper.expert_parallel_bucket_groups)]
-        self._groups = groups if wrapper.use_forward_hook else []
+    def __init__(self, wrapped: list[DistributedDataParallel]) -> None:
+        self._group_of = {
+            parameter: group for wrapper in wrapped for parameter, group in wrapper.param_to_bucket_group.items()
+        }
+        self._groups = [group for wrapper in wrapped if wrapper.use_forward_hook for group in _in_order(wrapper)]
         for group in self._groups:
             group.param_gather_dispatched = True  # every rank has read all weights
 
@@ -38,3 +40,8 @@ class ParameterGathering:
         if self._groups:
             for group in [self._group_of[parameter] for parameter in parameters] or self._groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _in_order(wrapper: DistributedDataParallel) -> list[Any]:
+    """Of the forward pass: Megatron fills buckets from the end of a model, experts apart."""
+    return [*reversed(wrapper.bucket_groups), *reversed(wrapper.expert_parallel_bucket_groups)]

@@ -7,8 +7,10 @@ tokens at a time (`nemo_opd.vocab.fused`), or by the scorer; never for a whole r
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -117,6 +119,66 @@ class HiddenStateModel(GPTModel):
         return model_inputs(input_ids, cu_seqlens, multiple, have_transformer_engine(), cpu.device(), context)
 
 
+Row = TypeVar("Row")
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """A rank's part of a model: its chunks of layers, in the order that a row passes them.
+
+    One chunk, except under interleaved pipeline stages: there a row comes by once for each. The last stage's last chunk
+    ends the model.
+    """
+
+    @property
+    def chunks(self) -> list[HiddenStateModel]:
+        return [*self]
+
+    @property
+    def config(self) -> TransformerConfig:
+        """All chunks have the same one."""
+        return self.chunks[0].config
+
+    @property
+    def pg_collection(self) -> ProcessGroupCollection:
+        return self.chunks[0].pg_collection
+
+    @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """Ranks over which sequences are cut, where they are."""
+        return self.chunks[0].context_group
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """See `HiddenStateModel.output_weight`."""
+        return self.chunks[-1].output_weight
+
+    def last_hidden(self, output: Tensor) -> Tensor:
+        """See `HiddenStateModel.last_hidden`."""
+        return self.chunks[-1].last_hidden(output)
+
+    def vocab_shard(self, vocab_size: int) -> VocabShard:
+        """See `HiddenStateModel.vocab_shard`."""
+        return self.chunks[-1].vocab_shard(vocab_size)
+
+    def inputs(self, input_ids: Tensor, cu_seqlens: Tensor) -> ModelInputs:
+        """See `HiddenStateModel.inputs`; the same for every chunk."""
+        return self.chunks[0].inputs(input_ids, cu_seqlens)
+
+    def passes(self, rows: Iterable[Row]) -> list[Iterator[Row]]:
+        """What Megatron's schedules want of the rows: all of them for each chunk. Each is made when it is asked for
+        first, and kept until it has passed the last chunk."""
+        return [*itertools.tee(rows, len(self))]
+
+    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Megatron's, of each chunk. What is sharded in it has names that count layers in the whole model."""
+        return {n: chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(self.chunks)}
+
+    def load_sharded(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take back what `sharded_state_dict` described and a checkpoint filled in."""
+        for n, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[n])
+
+
 def build_model(
     folder: str | Path,
     config: LayoutConfig,
@@ -125,7 +187,7 @@ def build_model(
     dtype: torch.dtype,
     key: str,
     vocab_padding_multiple: int = 1,
-) -> tuple[HiddenStateModel, Architecture]:
+) -> tuple[ModelChunks, Architecture]:
     """Build this rank's pipeline stage and load its weights from the Hugging Face `folder`.
 
     Args:
@@ -136,7 +198,7 @@ def build_model(
     """
     fp8.require(config.fp8, key, have_transformer_engine())
     architecture = read_architecture(folder)
-    architecture.check_layout(layout.tp, layout.pp, key, layout.ep)
+    architecture.check_layout(layout.tp, layout.pp, key, layout.ep, layout.vp)
     if architecture.experts is not None and layout.tp > 1 and not config.sequence_parallel:
         expected = "true for a mixture of experts under tensor parallelism, whose ranks would each route every token"
         raise ConfigError(f"{key}.sequence_parallel", False, expected, "set it")
@@ -144,8 +206,7 @@ def build_model(
         raise ConfigError(f"{key}.context_parallel_size", layout.cp, "1 for a mixture of experts", "leave it out")
     with cpu.megatron_device():
         megatron = transformer_config(architecture, config, layout, dtype)
-        spec = block_spec(architecture, megatron, layout)
-        model = empty_model(architecture, megatron, spec, layout, groups, vocab_padding_multiple)
+        model = empty_model(architecture, megatron, layout, groups, vocab_padding_multiple)
         load_hf_weights(model, folder)
     return model, architecture
 
@@ -153,22 +214,26 @@ def build_model(
 def empty_model(
     architecture: Architecture,
     config: TransformerConfig,
-    spec: TransformerBlockSubmodules,
     layout: Layout,
     groups: ProcessGroupCollection,
     vocab_padding_multiple: int = 1,
-) -> HiddenStateModel:
+) -> ModelChunks:
     """This rank's pipeline stage before it has weights."""
-    model = HiddenStateModel(
-        config=config,
-        transformer_layer_spec=spec,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
-        pg_collection=groups,
-        **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
-    )
-    _reduce_experts_apart(model)
-    return model
+    chunks = ModelChunks()
+    for number in range(layout.vp):
+        stage = number if layout.vp > 1 else None
+        chunk = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=block_spec(architecture, config, layout, stage),
+            pre_process=layout.has_embedding(number),
+            post_process=layout.has_output(number),
+            pg_collection=groups,
+            vp_stage=stage,
+            **architecture.gpt_model_kwargs(layout.tp, vocab_padding_multiple),
+        )
+        _reduce_experts_apart(chunk)
+        chunks.append(chunk)
+    return chunks
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -199,11 +264,12 @@ def transformer_config(
     architecture: Architecture, config: LayoutConfig, layout: Layout, dtype: torch.dtype
 ) -> TransformerConfig:
     """What Megatron is told about the model and its layout."""
-    engine = have_transformer_engine()
+    engine, interleaved = have_transformer_engine(), layout.vp > 1
     return TransformerConfig(
         **architecture.transformer_config_fields(),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if interleaved else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=config.sequence_parallel and layout.tp > 1,
@@ -228,15 +294,21 @@ def transformer_config(
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # Between interleaved stages Megatron lets go of an output while it may still be on its way.
+        deallocate_pipeline_outputs=not interleaved,
         **_RECOMPUTE[config.recompute if isinstance(config, StudentConfig) else "none"],
-        batch_p2p_comm=True,
+        # Of two stages each is the other's next and previous one: what goes both ways must not be in one batch.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         **fp8.transformer_fields(config.fp8),
     )
 
 
-def block_spec(architecture: Architecture, config: TransformerConfig, layout: Layout) -> TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's where it runs, otherwise Megatron's local ones with our kernels."""
+def block_spec(
+    architecture: Architecture, config: TransformerConfig, layout: Layout, chunk: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this stage, or of one of its chunks: Transformer Engine's where it runs, otherwise Megatron's local
+    ones with our kernels."""
     norm: Any = RMSNorm
     qk_norm, experts = architecture.family.qk_norm, architecture.experts and architecture.experts.count
     if have_transformer_engine():
@@ -250,7 +322,7 @@ def block_spec(architecture: Architecture, config: TransformerConfig, layout: La
         layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_norm, normalization="RMSNorm")
         use_local_kernels(layer.submodules, qk_norm)
         _name_as_transformer_engine(layer.submodules, experts is not None)
-    count = get_num_layers_to_build(config, vp_stage=None, pp_rank=layout.pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 

@@ -40,9 +40,9 @@ def use_distributed(config: OptimizerConfig) -> bool:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, dtype: torch.dtype, fp8: FP8Config
+    config: OptimizerConfig, model: list[DistributedDataParallel], dtype: torch.dtype, fp8: FP8Config
 ) -> MegatronOptimizer:
-    """Adam with fp32 master weights (float64 for a float64 model, in tests)."""
+    """Adam with fp32 master weights (float64 for a float64 model, in tests), one for all chunks of `model`."""
     distributed = use_distributed(config)
     megatron = MegatronOptimizerConfig(
         optimizer="adam",
@@ -58,7 +58,7 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
         fp8_recipe=None if fp8.recipe == "none" else fp8.recipe,
     )
-    return get_megatron_optimizer(megatron, [model], use_gloo_process_groups=distributed and torch.cuda.is_available())
+    return get_megatron_optimizer(megatron, model, use_gloo_process_groups=distributed and torch.cuda.is_available())
 
 
 def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:

@@ -83,6 +83,8 @@ class Layout:
     rank: int
     ep: int = 1
     cp: int = 1
+    vp: int = 1
+    """Chunks of layers on each pipeline stage."""
 
     @classmethod
     def of(cls, config: LayoutConfig, key: str) -> Layout:
@@ -110,7 +112,8 @@ class Layout:
                 "a divisor of their number",
                 "start another number of processes or change the layout",
             )
-        return cls(tp, pp, world // (tp * cp * pp), dist.get_rank(), ep, cp)
+        vp = config.virtual_pipeline_model_parallel_size or 1
+        return cls(tp, pp, world // (tp * cp * pp), dist.get_rank(), ep, cp, vp)
 
     @property
     def tp_rank(self) -> int:
@@ -150,6 +153,19 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    def has_embedding(self, chunk: int) -> bool:
+        """Does this chunk of the rank's layers begin the model?"""
+        return self.is_first_stage and chunk == 0
+
+    def has_output(self, chunk: int) -> bool:
+        """Does this chunk of the rank's layers end the model?"""
+        return self.is_last_stage and chunk == self.vp - 1
+
+    def whole_rounds(self, rows: int) -> int:
+        """So many rows Megatron's schedule takes where there are `rows`. Interleaved stages pass them on in rounds of
+        as many as there are stages."""
+        return rows if self.vp == 1 else max(1, -(-rows // self.pp)) * self.pp
+
     def last_stage_ranks(self, replica: int) -> tuple[int, ...]:
         """Global ranks of a replica's last pipeline stage, by context, then tensor parallel rank."""
         each = self.tp * self.cp
@@ -179,6 +195,7 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
                 context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=1,
@@ -194,9 +211,10 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         )
-        if sizes != (expected := (layout.tp, layout.pp, layout.ep, layout.cp)):
-            raise RuntimeError(f"Megatron's parallel state is TP x PP x EP x CP = {sizes}; expected {expected}")
+        if sizes != (expected := (layout.tp, layout.pp, layout.ep, layout.cp, layout.vp)):
+            raise RuntimeError(f"Megatron's parallel state is TP, PP, EP, CP, VP = {sizes}; expected {expected}")
         assert parallel_state.get_tensor_model_parallel_rank() == layout.tp_rank
         assert parallel_state.get_pipeline_model_parallel_rank() == layout.pp_rank
         assert parallel_state.get_context_parallel_rank() == layout.cp_rank

@@ -20,6 +20,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
 from torch import Tensor
@@ -29,8 +30,9 @@ from nemo_opd.engines.exchange import Message, exchange
 from nemo_opd.engines.megatron import cpu, fp8
 from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture, read_architecture
-from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
+from nemo_opd.engines.megatron.model import HiddenStateModel, ModelChunks, build_model, dtype_of
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, student_groups, teacher_groups
+from nemo_opd.engines.megatron.rows import ModelInputs
 from nemo_opd.engines.requests import check_needs, check_request
 from nemo_opd.errors import ConfigError
 from nemo_opd.packing import plan_rows
@@ -76,7 +78,7 @@ class MegatronScorer:
             vocabulary is larger than the teacher's.
     """
 
-    def __init__(self, config: Config, model: HiddenStateModel | None = None) -> None:
+    def __init__(self, config: Config, model: ModelChunks | None = None) -> None:
         init_distributed()
         student, teacher = config.student, config.teacher
         self._row_tokens = teacher.micro_batch_tokens
@@ -93,7 +95,7 @@ class MegatronScorer:
         self._dtype = model.config.params_dtype
         self._teacher_vocab_size, self._hidden_size = architecture.vocab_size, architecture.hidden_size
         self._max_positions = architecture.max_position_embeddings
-        self._model: HiddenStateModel | None = model
+        self._model: ModelChunks | None = model
         self._schedule = _forward_only(model, self.layout)
 
     def score(self, requests: Sequence[ScoreRequest], needs: TeacherNeeds) -> Iterator[TeacherScores]:
@@ -168,11 +170,13 @@ class MegatronScorer:
         if not rows:
             return {}
         assert self._model is not None
+        count = self.layout.whole_rounds(len(rows))
+        asked = [[requests[number] for number in row] for row in rows] + [[]] * (count - len(rows))
         payloads: list[list[Payload]] = self._schedule(
             forward_step_func=partial(self._forward_step, needs),
-            data_iterator=iter([[requests[number] for number in row] for row in rows]),
-            model=self._model,
-            num_microbatches=len(rows),
+            data_iterator=self._model.passes(map(partial(self._lay_out, needs), asked)),
+            model=self._model.chunks,
+            num_microbatches=count,
             seq_length=1,  # with variable_seq_lengths stages tell each other the shape
             micro_batch_size=1,
             forward_only=True,
@@ -181,12 +185,16 @@ class MegatronScorer:
         numbers = (number for row in rows for number in row)
         return dict(zip(numbers, (payload for row in payloads for payload in row), strict=False))
 
+    def _lay_out(self, needs: TeacherNeeds, requests: list[ScoreRequest]) -> tuple[_RowTokens, ModelInputs]:
+        assert self._model is not None
+        input_ids, cu_seqlens, tokens = _lay_out(requests, needs)
+        return tokens, self._model.inputs(input_ids, cu_seqlens)
+
     def _forward_step(
-        self, needs: TeacherNeeds, rows: Iterator[list[ScoreRequest]], model: HiddenStateModel
+        self, needs: TeacherNeeds, rows: Iterator[tuple[_RowTokens, ModelInputs]], model: HiddenStateModel
     ) -> tuple[Tensor, Any]:
-        """What Megatron's schedule asks for one micro-batch."""
-        input_ids, cu_seqlens, tokens = _lay_out(next(rows), needs)
-        inputs = model.inputs(input_ids, cu_seqlens)
+        """What Megatron's schedule asks for one micro-batch and chunk."""
+        tokens, inputs = next(rows)
         return model(inputs), partial(self._payloads, tokens, inputs.share, needs)
 
     def _payloads(
@@ -245,7 +253,7 @@ class MegatronScorer:
         return TeacherScores(request.key, valid, ids=ids, id_logprobs=first)
 
 
-def _external(config: Config, layout: Layout) -> tuple[HiddenStateModel, Architecture]:
+def _external(config: Config, layout: Layout) -> tuple[ModelChunks, Architecture]:
     """The model of `teacher.model`, in its own groups."""
     teacher, vocab_size = config.teacher, read_architecture(config.student.model).vocab_size
     if teacher.model is None:
@@ -262,16 +270,16 @@ def _external(config: Config, layout: Layout) -> tuple[HiddenStateModel, Archite
     return model, architecture
 
 
-def _forward_only(model: HiddenStateModel, layout: Layout) -> Any:
+def _forward_only(model: ModelChunks, layout: Layout) -> Any:
     """Megatron's schedule on the teacher's own groups."""
     groups = model.pg_collection
     if layout.pp == 1:
         return partial(forward_backward_no_pipelining, pg_collection=groups)
     with cpu.megatron_device():
         communicator = P2PCommunicator(pp_group=groups.pp, config=model.config)
-    return partial(
-        forward_backward_pipelining_without_interleaving, p2p_communicator=communicator, pg_collection=groups
-    )
+    interleaved = forward_backward_pipelining_with_interleaving
+    schedule = interleaved if layout.vp > 1 else forward_backward_pipelining_without_interleaving
+    return partial(schedule, p2p_communicator=communicator, pg_collection=groups)
 
 
 def _empty_row() -> tuple[Tensor, Tensor, _RowTokens]:

@@ -8,7 +8,8 @@ micro-batches and of data-parallel replicas are summed, never averaged: `calcula
 schedule and its data parallelism not to divide, and gradients are finalised without a divisor. Replicas may therefore
 have different numbers of rows. Under context parallelism each of a replica's ranks adds what its parts of sequences
 give (`context`), to the sums of the loss as to the gradients. Under expert parallelism replicas exchange tokens in
-every layer, so those with fewer rows run empty ones with the others.
+every layer, so those with fewer rows run empty ones with the others. Interleaved pipeline stages pass rows on in rounds
+of as many as there are stages; empty rows fill the last one.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from nemo_opd.engines.megatron.average import WeightAverage
 from nemo_opd.engines.megatron.context import Share, put_together
 from nemo_opd.engines.megatron.families import Architecture
 from nemo_opd.engines.megatron.gathering import ParameterGathering
-from nemo_opd.engines.megatron.model import HiddenStateModel, build_model, dtype_of
+from nemo_opd.engines.megatron.model import ModelChunks, build_model, dtype_of
 from nemo_opd.engines.megatron.optimizer import build_optimizer, build_schedule, update, use_distributed
 from nemo_opd.engines.megatron.parallel import Layout, init_distributed, remember, student_groups
+from nemo_opd.engines.megatron.rows import ModelInputs
 from nemo_opd.engines.megatron.shards import Copies
 from nemo_opd.engines.megatron.weights import export_hf_weights, load_output_weight
 from nemo_opd.engines.protocols import Accepts, NamedTensor, Place, Snapshot
@@ -51,7 +53,7 @@ from nemo_opd.vocab.shard import VocabShard
 if TYPE_CHECKING:
     from nemo_opd.losses import DistillationLoss, TokenWeight
 
-TeacherOutput = str | Path | HiddenStateModel
+TeacherOutput = str | Path | ModelChunks
 """Where a teacher's output layer comes from: a folder in Hugging Face format, or a model on the student's layout."""
 Sums = Mapping[str, Tensor]
 """float64 [2] = (sum, count) of each loss component and metric."""
@@ -127,7 +129,7 @@ class MegatronTrainer:
 
     def _output_weight(self, source: TeacherOutput, dtype: str) -> Tensor:
         """[local rows, teacher's hidden], cut like the student's output layer."""
-        if isinstance(source, HiddenStateModel):
+        if isinstance(source, ModelChunks):
             return source.output_weight
         shard = self.vocab_shard
         weight = load_output_weight(
@@ -135,7 +137,7 @@ class MegatronTrainer:
         )
         return weight.to(cpu.device())
 
-    def self_teacher(self, source: str, decay: float) -> HiddenStateModel:
+    def self_teacher(self, source: str, decay: float) -> ModelChunks:
         """The student as its own teacher, on the student's layout. Collective; before `load`.
 
         Args:
@@ -202,7 +204,7 @@ class MegatronTrainer:
         """See `Trainer.load`."""
         checkpoint.load(folder, self._whole_model(), self._optimizer, self._schedule, self._average)
 
-    def _whole_model(self) -> HiddenStateModel:
+    def _whole_model(self) -> ModelChunks:
         """The model for whoever reads or writes its weights outside its own modules: all of them have arrived."""
         self._gathering.finish()
         return self.model
@@ -221,7 +223,7 @@ class MegatronTrainer:
         `optimizer.overlap_grad_reduce` the buffers are being reduced by now, and no rank is named.
         """
         self._reduced_at = time.perf_counter()
-        buffers = [buffer.grad_data for buffer in [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]]
+        buffers = [buffer.grad_data for buffer in gradient_buffers(self._ddp)]
         if (factor := faults.hit("train.gradient")) != 1.0:
             for buffer in buffers:
                 buffer.mul_(factor)
@@ -231,7 +233,7 @@ class MegatronTrainer:
             self._own_gradient = torch.stack([buffer.sum() for buffer in buffers]).sum()
         megatron_finalize_model_grads(model, None, **kwargs)
 
-    def _build_model(self) -> tuple[HiddenStateModel, Architecture]:
+    def _build_model(self) -> tuple[ModelChunks, Architecture]:
         student = self._config.student
         dtype, multiple = dtype_of(student.dtype, "student.dtype"), student.vocab_padding_multiple
         return build_model(student.model, student, self.layout, self.groups, dtype, "student", multiple)
@@ -239,14 +241,15 @@ class MegatronTrainer:
     def _accumulate(self, batch: TrainBatch) -> tuple[dict[str, Tensor], list[Mapping[str, Tensor]]]:
         """Leave the batch's reduced gradient in the buffers; return the replica's sums and each row's token scores
         (none before the last stage)."""
-        self._ddp.zero_grad_buffer()
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         rows = self._in_step(batch.rows)
         forward_backward = get_forward_backward_func()
         per_row: list[tuple[Sums, Mapping[str, Tensor]]] = forward_backward(
             forward_step_func=partial(self._forward_step, batch.normalisers),
-            data_iterator=iter(rows),
-            model=[self._ddp],
+            data_iterator=self.model.passes(map(self._with_inputs, rows)),
+            model=self._ddp,
             num_microbatches=len(rows),
             seq_length=1,  # with variable_seq_lengths stages tell each other the shape
             micro_batch_size=1,
@@ -256,22 +259,29 @@ class MegatronTrainer:
         return sums, [token_scores for _, token_scores in per_row[: len(batch.rows)]]
 
     def _in_step(self, rows: tuple[PackedRow, ...]) -> tuple[PackedRow, ...]:
-        """The replica's rows, and empty ones up to the number of its longest neighbour where they share experts.
+        """The replica's rows, and empty ones: up to the number of its longest neighbour where they share experts, up to
+        whole rounds where stages are interleaved.
 
         One all-reduce over the data-parallel replicas, under expert parallelism only.
         """
-        if self.layout.ep == 1 or self.layout.dp == 1:
-            return rows
-        most = torch.tensor([len(rows)], device=cpu.device())
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        return rows + (empty_row(),) * (int(most) - len(rows))
+        count = len(rows)
+        if self.layout.ep > 1 and self.layout.dp > 1:
+            most = torch.tensor([count], device=cpu.device())
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
+            count = int(most)
+        return rows + (empty_row(),) * (self.layout.whole_rounds(count) - len(rows))
+
+    def _with_inputs(self, row: PackedRow) -> tuple[PackedRow, ModelInputs]:
+        return row, self.model.inputs(row.input_ids, row.cu_seqlens)
 
     def _forward_step(
-        self, normalisers: Mapping[str, float], rows: Iterator[PackedRow], model: DistributedDataParallel
+        self,
+        normalisers: Mapping[str, float],
+        rows: Iterator[tuple[PackedRow, ModelInputs]],
+        model: DistributedDataParallel,
     ) -> tuple[Tensor, Any]:
-        """What Megatron's schedule asks for one micro-batch: the stage's output and, for the last stage, its loss."""
-        row = next(rows)
-        inputs = self.model.inputs(row.input_ids, row.cu_seqlens)
+        """What Megatron's schedule asks for one micro-batch and chunk: its output and, for the last one, its loss."""
+        row, inputs = next(rows)
         return model(inputs), partial(self._row_loss, row, inputs.share, normalisers)
 
     def _row_loss(
@@ -341,34 +351,41 @@ class MegatronTrainer:
 
 
 def data_parallel(
-    model: HiddenStateModel,
+    model: ModelChunks,
     distributed: bool,
     dtype: torch.dtype,
     fp8_param_gather: bool = False,
     overlap: bool = False,
     gather: bool = False,
-) -> DistributedDataParallel:
-    """Gradients in fp32 (float64 for a float64 model), summed over replicas once: at the end of a step or, with
-    `overlap`, bucket by bucket while the last row's backward pass runs. With `gather` updated parameters are gathered
-    by `ParameterGathering`."""
-    config = model.config
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=dtype != torch.float64,
-            use_distributed_optimizer=distributed,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=gather,
-            align_param_gather=gather,  # modules begin no gathering, they wait
-            fp8_param_gather=fp8_param_gather,
-            check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
-        ),
-        model,
+) -> list[DistributedDataParallel]:
+    """Gradients in fp32 (float64 for a float64 model), of each chunk apart, summed over replicas once: at the end of a
+    step or, with `overlap`, bucket by bucket while the last row's backward pass runs. With `gather` updated parameters
+    are gathered by `ParameterGathering`."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype != torch.float64,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=gather,
+        align_param_gather=gather,  # modules begin no gathering, they wait
+        fp8_param_gather=fp8_param_gather,
+        check_for_nan_in_grad=False,  # it would abort; `optimizer.update` skips the step on all ranks instead
     )
-    remember(ddp)
+    # One bucket for each chunk but the first, whose backward pass is the last: what of theirs is left is hidden by it.
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model.chunks)
+    ]
+    for wrapper in wrapped:
+        remember(wrapper)
     if overlap:
-        config.no_sync_func = ddp.no_sync
-    return ddp
+        no_sync = [wrapper.no_sync for wrapper in wrapped]
+        model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def gradient_buffers(wrapped: list[DistributedDataParallel]) -> list[Any]:
+    """Where the gradients of a rank's chunks are summed up, those of experts too."""
+    return [buffer for wrapper in wrapped for buffer in (*wrapper.buffers, *wrapper.expert_parallel_buffers)]
 
 
 def _main_grad(parameter: torch.nn.Parameter) -> Tensor:

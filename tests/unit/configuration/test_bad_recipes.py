@@ -118,6 +118,17 @@ CASES = [
     Bad("layers_by_pipeline_parallel", "teacher.pipeline_model_parallel_size (recipe.yaml:6): got 4; expected 1, 2, 3 "
         "or 6 (divisors of 6 layers); set it to one of these", old="data:",
         new="  pipeline_model_parallel_size: 4\ndata:"),
+    Bad("layers_by_chunks", "student.virtual_pipeline_model_parallel_size: got 4; expected 1 or 2 (divisors of the 2 "
+        "layers of a stage); set it to one of these", ("student.pipeline_model_parallel_size=2",
+         "student.virtual_pipeline_model_parallel_size=4")),
+    Bad("chunks_of_no_stage", "student.virtual_pipeline_model_parallel_size: got 2; expected 1 with "
+        "pipeline_model_parallel_size 1, as there are no stages; leave it out, or raise "
+        "student.pipeline_model_parallel_size", ("student.virtual_pipeline_model_parallel_size=2",)),
+    Bad("chunks_of_a_teacher", "teacher.virtual_pipeline_model_parallel_size: got 3; expected 1, as forward passes "
+        "alone fill a pipeline well: only the student's stages are interleaved; leave it out",
+        ("teacher.pipeline_model_parallel_size=2", "teacher.virtual_pipeline_model_parallel_size=3")),
+    Bad("no_chunk", "student.virtual_pipeline_model_parallel_size: got 0; expected at least 1; change the value",
+        ("student.virtual_pipeline_model_parallel_size=0",)),
     Bad("experts_without_sequence_parallel", "teacher.sequence_parallel: got False; expected true for a mixture of "
         "experts under tensor parallelism, whose ranks would each route every token; set it to true",
         ("teacher.model=experts", "teacher.tensor_model_parallel_size=2"), prepare=experts),

@@ -23,6 +23,7 @@ class Case:
     pp: int = 1
     ep: int = 1
     cp: int = 1
+    vp: int = 1
     multiple: int = 1
     trained: bool = True
     distributed: bool = True
@@ -32,6 +33,7 @@ class Case:
         return LayoutConfig(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vp,
             sequence_parallel=self.tp > 1,
             context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
@@ -40,7 +42,7 @@ class Case:
     @property
     def spread(self) -> Spread:
         replicas = self.ranks // (self.tp * self.cp * self.pp)
-        return Spread(self.tp, self.pp, replicas, self.ep, self.tp > 1, self.cp)
+        return Spread(self.tp, self.pp, replicas, self.ep, self.tp > 1, self.cp, self.vp)
 
 
 CASES = [
@@ -48,6 +50,8 @@ CASES = [
     Case("Qwen3-1.7B", ranks=8, tp=2, pp=2, distributed=False),  # a tied output layer on a stage of its own
     Case("Qwen3-8B", ranks=256, tp=4, pp=4, multiple=128),
     Case("Qwen3-8B", ranks=32, tp=2, cp=4, pp=2),
+    Case("Qwen3-1.7B", ranks=8, tp=2, pp=2, vp=7),
+    Case("Qwen3-30B-A3B", ranks=64, tp=4, pp=4, ep=8, vp=3),
     Case("Qwen3-32B", ranks=512, tp=8, pp=4, trained=False),
     Case("Llama-3.2-3B", ranks=32, tp=4),
     Case("Llama-3.3-70B", ranks=1024, tp=8, pp=2, trained=False),
@@ -66,7 +70,7 @@ def built(case: Case) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case.model}-tp{case.tp}-pp{case.pp}-ep{case.ep}-cp{case.cp}"
+    "case", CASES, ids=lambda case: f"{case.model}-tp{case.tp}-pp{case.pp}-ep{case.ep}-cp{case.cp}-vp{case.vp}"
 )
 def test_the_arithmetic_is_megatrons(case: Case, alone: Callable[..., Any]) -> None:
     shape = model_shape("student.model", case.model)

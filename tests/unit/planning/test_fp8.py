@@ -95,6 +95,15 @@ def test_layers_of_each_stage(settings: dict[str, Any], pp: int, layers: list[in
     assert found.fewest(8, pp) == min(layers)
 
 
+def test_layers_of_each_stage_in_chunks() -> None:
+    """Layers 6 to 12 of 16: of chunks a stage has its own, wherever they lie."""
+    found = Fp8(FP8Config(recipe="blockwise", bf16_layers_at_start=5, bf16_layers_at_end=4), GPUS["h100"])
+    assert [found.layers(16, 2, stage) for stage in (0, 1)] == [3, 4]
+    assert [found.layers(16, 2, stage, 2) for stage in (0, 1)] == [4, 3]  # 9 to 12; 6 to 8
+    assert [found.layers(16, 4, stage, 2) for stage in range(4)] == [2, 2, 1, 2]
+    assert found.fewest(16, 4, 2) == 1
+
+
 def test_weights_in_bf16_have_a_copy_in_fp8(recipe: Path) -> None:
     """The student's along both directions, the teacher's, which asks for no gradient, along rows; 2 of 4 layers."""
     plain = planned(recipe).ranks[0].stays

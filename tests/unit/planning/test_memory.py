@@ -36,7 +36,7 @@ def settings(models: Path, student: str, dtype: str, **more: Any) -> Config:
 def measured(rank: int, config: Config) -> dict[str, float]:
     """Bytes of this rank's parameters, gradients and optimizer."""
     from nemo_opd.engines.megatron.parallel import destroy_student_groups
-    from nemo_opd.engines.megatron.trainer import MegatronTrainer
+    from nemo_opd.engines.megatron.trainer import MegatronTrainer, gradient_buffers
     from nemo_opd.losses import build_loss
 
     destroy_student_groups()
@@ -47,7 +47,7 @@ def measured(rank: int, config: Config) -> dict[str, float]:
     trainer.train_step(step)  # Adam makes its moments at the first update
     return {
         "parameters": sum(p.nbytes for p in trainer.model.parameters()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in trainer._ddp.buffers),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in gradient_buffers(trainer._ddp)),
         "optimizer": _optimizer_bytes(trainer),
     }
 
@@ -62,12 +62,14 @@ def _optimizer_bytes(trainer: Any) -> int:
     return masters + sum(moment.nbytes for moment in moments)
 
 
+INTERLEAVED = {"student__pipeline_model_parallel_size": 2, "student__virtual_pipeline_model_parallel_size": 3}
 LAYOUTS = [
     ("qwen3", "bfloat16", 1, {}),
     ("llama-tied", "float32", 1, {}),
     ("qwen3", "bfloat16", 2, {"student__tensor_model_parallel_size": 2}),
     ("qwen3", "float32", 2, {"student__tensor_model_parallel_size": 2, "student__sequence_parallel": True}),
     ("qwen3-tied", "bfloat16", 2, {"student__pipeline_model_parallel_size": 2}),
+    ("llama", "bfloat16", 2, INTERLEAVED),
     ("qwen3", "bfloat16", 2, {"student__context_parallel_size": 2}),
 ]
 
@@ -100,7 +102,8 @@ def saved(rank: int, folder: Path, dtype: str) -> float:
 
     destroy_student_groups()
     layout = Layout.of(LayoutConfig(), "student")
-    model, _ = build_model(folder, LayoutConfig(), layout, student_groups(layout, 0), getattr(torch, dtype), "student")
+    groups = student_groups(layout, 0)
+    [model], _ = build_model(folder, LayoutConfig(), layout, groups, getattr(torch, dtype), "student")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []

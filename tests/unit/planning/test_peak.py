@@ -64,6 +64,7 @@ def compare(parts: Mapping[str, float], found: int, blocks: list[tuple[int, str]
 
 
 SP2 = {"student__tensor_model_parallel_size": 2, "student__sequence_parallel": True}
+INTERLEAVED = {"student__pipeline_model_parallel_size": 2, "student__virtual_pipeline_model_parallel_size": 2}
 FULL = {"student__recompute": "full"}
 SELECTIVE = {"student__recompute": "selective"}
 CASES: list[tuple[str, str, int, dict[str, Any]]] = [
@@ -80,6 +81,8 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     (f"tied-{SMALL}", "bfloat16", 2, {"student__pipeline_model_parallel_size": 2}),
     (f"qwen3-{LARGE}", "float32", 2, {"student__pipeline_model_parallel_size": 2}),
     (f"qwen3-{SMALL}", "float32", 2, {"student__pipeline_model_parallel_size": 2, **FULL}),
+    (f"llama-{SMALL}", "float32", 2, INTERLEAVED),
+    (f"tied-{SMALL}", "bfloat16", 2, {**INTERLEAVED, **FULL}),
     (f"qwen3-{SMALL}", "bfloat16", 1, SELECTIVE),
     (f"qwen3-{SMALL}", "float32", 1, SELECTIVE),
     (f"llama-{SMALL}", "bfloat16", 1, SELECTIVE),

@@ -13,8 +13,9 @@ from nemo_opd.cli import main
 from nemo_opd.errors import ConfigError
 from nemo_opd.planning.alternatives import suggestion, sweep
 from nemo_opd.planning.gpus import GIB, GPUS, Assumptions, Cluster
-from nemo_opd.planning.moments import moments
+from nemo_opd.planning.moments import in_flight, moments
 from nemo_opd.planning.plan import Options, make_setting, plan, read_recipe
+from nemo_opd.planning.shapes import Spread
 from nemo_opd.planning.text import layout
 from tests.helpers.planned import planned, sent
 
@@ -57,6 +58,30 @@ def test_ranks_differ_by_the_stages_that_they_hold(recipe: Path) -> None:
     assert computes == [False, False, True, True]
     first, last = found.ranks[0], found.ranks[-1]
     assert first.activations == pytest.approx(2 * last.activations)  # two micro-batches in flight, not one
+
+
+def test_interleaved_stages_fill_sooner_and_hold_more(recipe: Path) -> None:
+    """64 rows of a replica through 4 stages, whole or in 7 chunks of one layer each."""
+    stages = "student.pipeline_model_parallel_size=4"
+    words = (stages, "rollout.samples_per_prompt=8", "student.virtual_pipeline_model_parallel_size=7")
+    plain, chunks = planned(recipe, *words[:2]), planned(recipe, *words)
+    assert plain.setting.rows == chunks.setting.rows == 64
+    assert [in_flight(plain.setting, stage) for stage in (0, 3)] == [4, 1]
+    assert [in_flight(chunks.setting, stage) for stage in (0, 3)] == [6 + 24 + 1, 24 + 1]
+    assert chunks.ranks[-1].activations > 25 / 7 * plain.ranks[-1].activations, "and the outputs of chunks"
+    assert sent(chunks, "student: between stages") == 7 * sent(plain, "student: between stages")
+    faster = chunks.times.parts["loss"] / plain.times.parts["loss"]
+    assert faster == pytest.approx((64 + 3 / 7) / (64 + 3))
+    assert layout(chunks.setting).startswith("student PP 4 x DP 2, each stage in 7 chunks; ")
+    best = sweep(read_recipe(recipe, words), Options(), 1000)
+    assert {"student.virtual_pipeline_model_parallel_size=1" in found.words for found in best} == {True, False}
+
+
+def test_a_pipeline_fills_and_drains() -> None:
+    assert Spread(1, 4, 1).filled(8) == 11 / 8 and Spread(1, 1, 1).filled(3) == 1
+    assert Spread(1, 4, 1, vp=2).filled(8) == 19 / 16, "half of what filling takes, as a chunk is half of a stage"
+    assert Spread(1, 4, 1, vp=2).filled(1) == Spread(1, 4, 1).filled(1) == 4, "one row passes all layers"
+    assert Spread(1, 4, 1, vp=2).filled(6) == (8 + (4 + 2) + 3) / 12, "the second chunk waits for the first"
 
 
 def test_a_self_teacher_costs_a_copy_or_nothing(recipe: Path) -> None:

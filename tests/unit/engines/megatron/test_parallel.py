@@ -44,6 +44,14 @@ def test_ranks_that_share_sequences_are_one_replica() -> None:
         assert place.computes_loss == layout.is_last_stage == (layout.rank >= 12)
 
 
+def test_interleaved_stages_hold_chunks_and_take_whole_rounds() -> None:
+    ranks = [Layout(1, 4, 1, rank, vp=2) for rank in range(4)]
+    assert [(r.rank, chunk) for r in ranks for chunk in (0, 1) if r.has_embedding(chunk)] == [(0, 0)]
+    assert [(r.rank, chunk) for r in ranks for chunk in (0, 1) if r.has_output(chunk)] == [(3, 1)]
+    assert [ranks[0].whole_rounds(rows) for rows in (0, 1, 4, 5)] == [4, 4, 4, 8]
+    assert [Layout(1, 4, 1, 0).whole_rounds(rows) for rows in (0, 1, 4, 5)] == [0, 1, 4, 5]
+
+
 def groups_of(rank: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[int]]:
     """Ranks of the teacher's groups; and the student's groups must agree where the layout is the same."""
     init_distributed()
@@ -59,7 +67,7 @@ def groups_of(rank: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[int]]:
     for name in ("tp", "dp", "pp", "embd", "cp", "tp_cp", "dp_cp", "tp_dp_cp"):
         assert dist.get_process_group_ranks(getattr(student, name)) == ranks[name], name
     assert sorted(dist.get_process_group_ranks(student.mp)) == sorted(ranks["mp"])
-    with pytest.raises(RuntimeError, match="TP x PP"):
+    with pytest.raises(RuntimeError, match="TP, PP"):
         student_groups(Layout(1, 1, layout.stage_size * layout.pp, rank), seed=0)
     destroy_student_groups()
     return ranks
