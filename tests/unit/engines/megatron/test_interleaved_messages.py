@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.tiny import tiny_config
 
 Op = tuple[int, str, int, bool]
 """(the stage that the way begins at, forward or backward, the how manieth on this way, is it sent?)"""
@@ -80,10 +80,12 @@ def calls_of(stage: int, stages: int, chunks: int, rows: int, forward_only: bool
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from nemo_opd.config import StudentConfig
+    from nemo_opd.engines.megatron import cpu
     from nemo_opd.engines.megatron.families import read_architecture
     from nemo_opd.engines.megatron.model import transformer_config
     from nemo_opd.engines.megatron.parallel import Layout
 
+    cpu.install()
     layout = Layout(1, stages, 1, stage, vp=chunks)
     config = transformer_config(read_architecture(folder), StudentConfig(model=""), layout, torch.float32)
     communicator, calls = recorded(stage, stages, config)
@@ -152,8 +154,10 @@ def play(rank: int, folder: Path, stages: int, chunks: int, rows: int, forward_o
 def test_every_message_is_awaited_when_it_is_sent(
     ranks1: RankPool, tmp_path: Path, stages: int, chunks: int, rows: int, forward_only: bool
 ) -> None:
-    folder = tiny_checkpoint(tmp_path / "model", hidden_size=4, num_hidden_layers=stages * chunks)
-    programs = ranks1.run(play, folder, stages, chunks, rows, forward_only)[0]
+    tiny_config(num_hidden_layers=stages * chunks, hidden_size=4, architectures=["Qwen3ForCausalLM"]).save_pretrained(
+        tmp_path
+    )
+    programs = ranks1.run(play, tmp_path, stages, chunks, rows, forward_only)[0]
     messages = rows * (stages * chunks - 1) * (1 if forward_only else 2)
     assert sum(len(call) for calls in programs for call in calls) == 2 * messages
     assert played(programs) == [len(calls) for calls in programs]
