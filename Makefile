@@ -29,7 +29,7 @@ run: env
 	$(BIN)/python -m nemo_opd.quickstart
 
 test: lint browser slurm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 chaos: env
 	$(BIN)/python -m benchmarks.promises --out benchmarks/results/recovery.md

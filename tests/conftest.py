@@ -5,26 +5,29 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers.ranks import RankPool
-
-TESTS = Path(__file__).parent
 
 # Shapes in signatures are checked here and cost nothing in a run.
 install_import_hook(["nemo_opd.vocab.view", "nemo_opd.vocab.objective"], "beartype.beartype")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are spread over processes (`make test`), those of a file stay together, for they share models and
-    servers; so do those of the one SLURM."""
-    for item in items:
-        folder, *_ = names = item.path.relative_to(TESTS).parts
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else "/".join(names)))
+class ByFile(LoadScopeScheduling):
+    """Tests of a file share models and servers, so they stay in one process; so do those of the one SLURM."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """For `make test`, which spreads tests over processes."""
+    return ByFile(config, log)
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
