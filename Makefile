@@ -76,7 +76,7 @@ ifdef LOCKED
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 else
 	@$(PIP) install "$(TORCH)"
-	@$(PIP) install --editable ".[$(EXTRAS)]"
+	@$(PIP) install --no-warn-conflicts --editable ".[$(EXTRAS)]"
 	@$(PIP) install $(VLLM) 2>&1 | grep -v -i -E "dependency resolver|setuptools" || true
 	@$(BIN)/python -c "import importlib.metadata as m; [m.version(n.split('==')[0]) for n in '$(subst ",,$(VLLM))'.split()]"
 	@for name in torchvision torchaudio torchcodec; do \
