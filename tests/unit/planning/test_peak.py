@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.helpers.tiny import tiny_checkpoint
 PROMPT, RESPONSE = 129, 896
 SMALL, LARGE = 2048, 32_000
 """Vocabularies with which layers, or the loss, take most."""
-UNDER, OVER = 0.07, 0.08
+UNDER, OVER = 0.08, 0.08
 """What a plan may be wrong by: a run dies of too little, not of too much."""
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096}
 SIZES |= {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
@@ -37,10 +37,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(rank: int, config: Config, vocabulary: int) -> tuple[int, list[tuple[int, str]]]:
-    """Bytes at the peak of a training step, the second one: the first makes Adam's moments; and the largest blocks."""
+def least_peak(run: Callable[[], Any]) -> tuple[int, list[tuple[int, str]]]:
+    """Bytes at the peak, and the largest blocks then. Several ranks run four times: what gloo's threads give back late
+    is not the run's, and differs from one to the next."""
     import torch.distributed as dist
 
+    times = 4 if dist.get_world_size() > 1 else 1
+    found = min((peak_of(run) for _ in range(times)), key=lambda peak: peak.bytes)
+    return found.bytes, list(found.live[:40])
+
+
+def trained(rank: int, config: Config, vocabulary: int) -> tuple[int, list[tuple[int, str]]]:
+    """Bytes at the peak of a training step, the second one: the first makes Adam's moments; and the largest blocks."""
     from nemo_opd.engines.megatron.parallel import destroy_student_groups
     from nemo_opd.engines.megatron.trainer import MegatronTrainer
     from nemo_opd.losses import build_loss
@@ -51,10 +59,7 @@ def trained(rank: int, config: Config, vocabulary: int) -> tuple[int, list[tuple
     trainer.set_teacher_output(config.teacher.model)
     batch = long_batch(config, loss, trainer, vocabulary)
     trainer.train_step(batch)
-    # several ranks: what gloo's threads give back late is not the step's, and seldom comes twice
-    runs = 2 if dist.get_world_size() > 1 else 1
-    found = min((peak_of(lambda: trainer.train_step(batch)) for _ in range(runs)), key=lambda peak: peak.bytes)
-    return found.bytes, list(found.live[:40])
+    return least_peak(lambda: trainer.train_step(batch))
 
 
 def compare(parts: Mapping[str, float], found: int, blocks: list[tuple[int, str]]) -> None:
@@ -121,9 +126,10 @@ def scored(rank: int, config: Config, vocabulary: int) -> tuple[int, list[tuple[
         for i, rollout in enumerate(longest_rollouts(config, vocabulary, config.train.prompts_per_step))
     ]
     needs = build_loss(config.loss).needs
-    found = peak_of(lambda: list(scorer.score(requests, needs)))
-    scorer.close()
-    return found.bytes, list(found.live[:40])
+    try:
+        return least_peak(lambda: list(scorer.score(requests, needs)))
+    finally:
+        scorer.close()
 
 
 SCORED: list[tuple[str, str, int, bool, dict[str, Any]]] = [
