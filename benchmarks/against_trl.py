@@ -36,6 +36,8 @@ from benchmarks.step import machine
 
 SKIP = 5
 LR, WARMUP, NEW_TOKENS = 1e-3, 5, 64
+RECORDED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+"""What TRL's side writes down of a step for `trl_updates`."""
 SYSTEMS = ("trl", "trl-processes", "hf", "vllm")
 ROW = 2048
 """Positions of a packed row of ours: what a layer makes of more no longer fits the caches, less makes more calls."""

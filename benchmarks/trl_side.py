@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
+from benchmarks.against_trl import RECORDED
 from nemo_opd.prompts.template import render_chat
-
-RECORDED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
 class Seconds(TrainerCallback):

@@ -21,21 +21,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.against_trl import NEW_TOKENS, ROW, _run
+from benchmarks.against_trl import LR, NEW_TOKENS, RECORDED, ROW, _run
 from benchmarks.step import machine
 from nemo_opd.config import Config, ReverseKLLoss
 from nemo_opd.packing import pack
 from nemo_opd.types import Author, Finish, Need, Prompt, Rollout, ScoreRequest, TeacherNeeds, TrainBatch
-
-LR = 1e-3
 
 
 def recorded(file: Path, steps: int) -> Iterator[list[Rollout]]:
     """The prompts and responses of each of TRL's steps."""
     found = load_file(file)
     for step in range(steps):
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        parts = zip(*(found[f"{step}.{name}"] for name in names), strict=True)
+        parts = zip(*(found[f"{step}.{name}"] for name in RECORDED), strict=True)
         pairs = [(prompt[there.bool()], response[kept.bool()]) for prompt, there, response, kept in parts]
         yield [rollout(i, prompt, response) for i, (prompt, response) in enumerate(pairs)]
 

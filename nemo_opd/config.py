@@ -74,13 +74,18 @@ class LayoutConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Of the student: chunks of layers on each pipeline stage, which every row passes in turn (interleaved stages), so
-    that the pipeline fills and drains sooner; null or 1: one"""
+    that the pipeline fills and drains sooner; null or 1: one (`chunks`)"""
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     """So many ranks share out the positions of every sequence, for long responses."""
     expert_model_parallel_size: int = 1
     """Of a mixture of experts: so many ranks of a pipeline stage share out the experts of each layer."""
     fp8: FP8Config = field(default_factory=FP8Config)
+
+    @property
+    def chunks(self) -> int:
+        """Of layers on each pipeline stage."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
 
 @dataclass
@@ -995,7 +1000,7 @@ SIGNS: tuple[str, ...] = tuple(name for name, kind in DiagnoseConfig.__annotatio
 
 @dataclass
 class ClusterConfig:
-    """What slurm/opd.sh does with the nodes of its job; read nowhere else."""
+    """What slurm/opd.sh does with the nodes of its job. `plan` and `doctor` count with it; a run does not read it."""
 
     rollout_nodes: int = 0
     """Nodes that run rollout servers alone, `rollout.servers.count` on each; 0: the run starts those that it needs."""

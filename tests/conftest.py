@@ -52,6 +52,12 @@ def ranks4() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
+    """By number of ranks, for tests over layouts."""
+    return {1: ranks1, 2: ranks2, 4: ranks4}
+
+
+@pytest.fixture(scope="session")
 def alone() -> Iterator[Callable[..., Any]]:
     """``alone(function, *args)`` runs a module-level function in a process without a process group."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

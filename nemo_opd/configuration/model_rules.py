@@ -86,7 +86,7 @@ def _layout(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
 
 
 def _chunks(who: str, layout: LayoutConfig, model: ModelSizes) -> None:
-    pipeline, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    pipeline, chunks = layout.pipeline_model_parallel_size, layout.chunks
     key, each = f"{who}.virtual_pipeline_model_parallel_size", model.layers // pipeline
     if pipeline == 1 and chunks > 1:
         way_out = f"leave it out, or raise {who}.pipeline_model_parallel_size"

@@ -46,7 +46,7 @@ def _one(config: Config, key: str, teacher: TeacherConfig) -> None:
         if key == "teacher":
             way_out += ", or teacher.engine=none with loss=cross_entropy"
         raise ConfigError(f"{key}.model", "nothing", "a model folder", way_out)
-    if teacher.source == "external" and (got := teacher.virtual_pipeline_model_parallel_size or 1) > 1:
+    if teacher.source == "external" and (got := teacher.chunks) > 1:
         expected = "1, as forward passes alone fill a pipeline well: only the student's stages are interleaved"
         raise ConfigError(f"{key}.virtual_pipeline_model_parallel_size", got, expected, "leave it out")
     if teacher.engine in ("hf", "vllm"):

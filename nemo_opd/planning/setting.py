@@ -297,5 +297,5 @@ class Setting:
     def _spread(self, layout: LayoutConfig) -> Spread:
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         cp, ep = layout.context_parallel_size, layout.expert_model_parallel_size
-        vp = layout.virtual_pipeline_model_parallel_size or 1
-        return Spread(tp, pp, self.processes // (tp * cp * pp), ep, layout.sequence_parallel and tp > 1, cp, vp)
+        sequence_parallel = layout.sequence_parallel and tp > 1
+        return Spread(tp, pp, self.processes // (tp * cp * pp), ep, sequence_parallel, cp, layout.chunks)

@@ -41,11 +41,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
-    return {1: ranks1, 2: ranks2, 4: ranks4}
-
-
-@pytest.fixture(scope="module")
 def expected_gradients(folders: dict[str, Path], ranks1: RankPool) -> dict[str, Any]:
     return {student: ranks1.run(gradients, fp64(folders, student))[0] for student in ("untied", "tied")}
 

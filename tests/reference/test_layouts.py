@@ -91,11 +91,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
-    return {1: ranks1, 2: ranks2, 4: ranks4}
-
-
 def fp32(folders: dict[str, Path], student: str, **settings: Any) -> Config:
     return recipe(folders[student], folders["teacher"], train__micro_batch_tokens=64, **settings)
 

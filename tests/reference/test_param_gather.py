@@ -175,11 +175,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def pools(ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
-    return {2: ranks2, 4: ranks4}
-
-
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return different_bits(one, other)[0] == 0
 

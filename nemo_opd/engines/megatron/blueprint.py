@@ -70,10 +70,10 @@ def blueprints(
         raise RuntimeError("got a process of a process group; expected one of its own, as ranks are played in it")
     cpu.install()
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    cp, vp = config.context_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    cp = config.context_parallel_size
     dp = world_size // (tp * cp * pp)
     for stage in range(pp):
-        layout = Layout(tp, pp, dp, stage * tp * cp * dp, config.expert_model_parallel_size, cp, vp)
+        layout = Layout(tp, pp, dp, stage * tp * cp * dp, config.expert_model_parallel_size, cp, config.chunks)
         with _fake_rank(layout), _OnMeta(), _META:
             model = _model(values, where, config, layout, dtype, vocab_padding_multiple)
             gradients = _gradient_bytes(model, distributed, dtype) if trained else 0
@@ -104,7 +104,7 @@ def _fake_rank(layout: Layout) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            virtual_pipeline_model_parallel_size=layout.virtual,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,

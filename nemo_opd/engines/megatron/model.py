@@ -221,7 +221,7 @@ def empty_model(
     """This rank's pipeline stage before it has weights."""
     chunks = ModelChunks()
     for number in range(layout.vp):
-        stage = number if layout.vp > 1 else None
+        stage = number if layout.virtual else None
         chunk = HiddenStateModel(
             config=config,
             transformer_layer_spec=block_spec(architecture, config, layout, stage),
@@ -269,7 +269,7 @@ def transformer_config(
         **architecture.transformer_config_fields(),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp if interleaved else None,
+        virtual_pipeline_model_parallel_size=layout.virtual,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=config.sequence_parallel and layout.tp > 1,

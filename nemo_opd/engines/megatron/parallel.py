@@ -112,8 +112,7 @@ class Layout:
                 "a divisor of their number",
                 "start another number of processes or change the layout",
             )
-        vp = config.virtual_pipeline_model_parallel_size or 1
-        return cls(tp, pp, world // (tp * cp * pp), dist.get_rank(), ep, cp, vp)
+        return cls(tp, pp, world // (tp * cp * pp), dist.get_rank(), ep, cp, config.chunks)
 
     @property
     def tp_rank(self) -> int:
@@ -152,6 +151,11 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
+
+    @property
+    def virtual(self) -> int | None:
+        """Chunks of a stage as Megatron is told of them: None for one, without interleaving."""
+        return self.vp if self.vp > 1 else None
 
     def has_embedding(self, chunk: int) -> bool:
         """Does this chunk of the rank's layers begin the model?"""
@@ -195,7 +199,7 @@ def student_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
-                virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+                virtual_pipeline_model_parallel_size=layout.virtual,
                 context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=1,
